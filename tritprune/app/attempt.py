@@ -1,0 +1,226 @@
+"""One run from its config: all is built and checked before anything is spent, and however it ends is recorded."""
+
+import shlex
+import sys
+import time
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from rich.text import Text
+
+from tritprune.app.composition import PrunerMaker, composition
+from tritprune.app.signals import StopRequest, stop_signals
+from tritprune.errors import CheckpointError, ConfigError, InterruptedRunError, RunFolderError, TritpruneError
+from tritprune.kernels import set_backend
+from tritprune.registry import did_you_mean
+from tritprune.report import console_epilogue, console_table, write_report
+from tritprune.tasks import get_task
+from tritprune.tracking import Tracker, get_tracker
+from tritprune.training.checkpoint import RunFolder, find_resumable, fingerprint, write_json
+from tritprune.training.driver import RESULT, Driver, Plan
+from tritprune.training.loop import Run
+from tritprune.training.progress import Progress
+from tritprune.training.settings import TrainingSettings
+
+REFUSED, FAILED = 2, 1
+# A run's numbers do not depend on these, so that a resumed run may change them.
+BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins")
+
+
+def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console) -> int:
+    """One run from a plain config: everything that goes wrong becomes a message and an exit status."""
+    command = " ".join(
+        ["python -m tritprune", *(shlex.quote(o) for o in overrides if not o.startswith(("resume=", "run_dir=")))]
+    )
+    attempt = Attempt(config, command, overrides, console)
+    try:
+        with stop_signals(console) as stop:
+            attempt.execute(stop)
+        return 0
+    except InterruptedRunError as error:
+        attempt.close("interrupted", str(error))
+        console.print(Text(str(error), style="yellow"))
+        return stop.status
+    except KeyboardInterrupt:
+        attempt.close("interrupted", "stopped at once by a second signal")
+        console.print(
+            Text(f"stopped at once; the last checkpoint is whole. Go on with:  {command} resume=auto", style="yellow")
+        )
+        return 130
+    except Exception as error:  # the one place where everything ends: told to the user, kept in the run folder
+        if config["debug"]:
+            console.print_exception()
+        known = isinstance(error, TritpruneError | OSError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        console.print(Text(f"error: {text}", style="red"))
+        where = attempt.close("failed", text, traceback.format_exc())
+        if not known:
+            console.print(
+                f"this is a defect of tritprune or of a plugin; the traceback is in {where} (or use debug=true)"
+            )
+        return FAILED if attempt.started_training or not known else REFUSED
+
+
+class Attempt:
+    """One run, from config to result.
+
+    Args:
+        config: the composed config, resolved.
+        command: how to call it again.
+        overrides: the command line's words.
+        console: where messages go.
+    """
+
+    def __init__(self, config: dict[str, Any], command: str, overrides: list[str], console: Console) -> None:
+        self.config, self.command, self.overrides, self.console = config, command, overrides, console
+        self.started_training = False
+        self._folder: RunFolder | None = None
+        self._driver: Driver | None = None
+        self._tracker: Tracker | None = None
+
+    def execute(self, stop: StopRequest) -> None:
+        """Build everything, check everything, then run."""
+        config = self.config
+        set_backend(config["kernels"]["backend"])
+        for plugin in config["plugins"]:
+            _import_plugin(plugin)
+        settings = TrainingSettings.from_config(config["training"])
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        _one_of("control", config["control"], (None, "random"))
+        task = get_task(config["task"])
+        tracker = get_tracker(config["tracker"])
+        plan = Plan(
+            make_pruner=PrunerMaker(config, settings, task),
+            config=config,
+            cache=Path(config["cache_dir"]),
+            control=config["control"],
+            tracer=config["slimmer"]["tracer"],
+        )
+        AcceleratorState._reset_state()  # one process may run several jobs with different precisions
+        accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision),
+            gradient_accumulation_steps=settings.accumulate,
+            cpu=settings.resolve_device() == "cpu",
+        )
+        progress = Progress(self.console, silent=not accelerator.is_main_process)
+        with progress.status("reading the data"):
+            task.prepare()
+            plan.make_pruner(task.build_model(config["seed"]))
+        run = Run(
+            name=config["name"],
+            command=self.command,
+            folder=RunFolder(Path()),
+            task=task,
+            settings=settings,
+            seed=config["seed"],
+            tracker=tracker,
+            progress=progress,
+            accelerator=accelerator,
+            stop_requested=lambda: stop.reason,
+        )
+        run.folder = self._folder = self._choose_folder(run)
+        finished = self._finished_before()
+        if finished:
+            progress.say(f"already finished: {self._folder.path}")
+            return
+        progress.say(composition(config, run, plan))
+        self._driver = Driver(run, plan)
+        self._tracker = tracker
+        if accelerator.is_main_process:
+            self._folder.write_state(status="running", fingerprint=self._fingerprint(), command=self.command)
+            tracker.start(self._folder.path, config, name=f"{config['name']}-{self._folder.path.name}")
+        self.started_training = True
+        result = self._driver.execute()
+        if accelerator.is_main_process:
+            result["overrides"] = self.overrides
+            write_json(self._folder / RESULT, result)
+            progress.say(console_table(result))
+            tracker.finish()
+            progress.say(console_epilogue(result, self._folder.path))
+
+    def close(self, status: str, error: str, trace: str = "") -> Path | None:
+        """Leave a run that did not finish in a state that says so; where the traceback is."""
+        if self._folder is None:
+            if self.config["run_dir"] and trace:  # a refused job of a sweep: its table names it
+                self._note_refusal(status, error)
+            return None
+        log = self._folder / "error.log"
+        try:
+            if trace:
+                log.write_text(trace, encoding="utf-8")
+            self._folder.write_state(status=status, error=error)
+            if self._driver is not None:
+                result = {**self._driver.describe(status, error), "rows": [], "layers": [], "overrides": self.overrides}
+                write_json(self._folder / RESULT, result)
+                write_report(self._folder.path)
+        except OSError:
+            pass  # the folder itself is what failed; the message on the screen has said so
+        if self._tracker is not None:
+            self._tracker.finish(failed=True)
+        return log
+
+    def _note_refusal(self, status: str, error: str) -> None:
+        folder = Path(self.config["run_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"format": 1, "name": self.config["name"], "command": self.command, "status": status, "error": error}
+        write_json(folder / RESULT, {**record, "rows": [], "layers": [], "overrides": self.overrides})
+
+    def _fingerprint(self) -> str:
+        return fingerprint({k: v for k, v in self.config.items() if k not in BESIDE_THE_NUMBERS})
+
+    def _choose_folder(self, run: Run) -> RunFolder:
+        """A new folder, or the one to resume; the same on every process."""
+        config, wanted = self.config, self._fingerprint()
+        parent = Path("outputs") / config["name"]
+        given = Path(config["run_dir"]) if config["run_dir"] else None
+        resume = config["resume"]
+        if resume not in (None, "auto"):
+            folder = RunFolder(Path(resume)) if Path(resume).is_dir() else None
+            if folder is None or not folder.read_state():
+                raise CheckpointError(
+                    f"resume={resume}: no run is there; resume=auto finds the newest one of this config"
+                )
+            if folder.read_state().get("fingerprint") != wanted:
+                raise ConfigError(
+                    f"resume={resume}: that run was started with another config; call it as it was started:\n"
+                    f"  {folder.read_state().get('command')} resume={resume}"
+                )
+            return folder
+        if resume == "auto":
+            found = given if given is not None else find_resumable(parent, wanted)
+            if found is not None and found.is_dir() and RunFolder(found).read_state().get("fingerprint") == wanted:
+                return RunFolder(run.agree(found))
+            run.progress.say("resume=auto: no unfinished run of this config; starting a new one")
+        path = run.agree(given or parent / time.strftime("%Y-%m-%d_%H-%M-%S"))
+        if given is not None and (given / "run.json").exists():
+            raise RunFolderError(
+                f"run_dir={given} holds a run already; add resume=auto to go on with it, or choose another"
+            )
+        return RunFolder(path)
+
+    def _finished_before(self) -> bool:
+        assert self._folder is not None
+        return self._folder.read_state().get("status") == "finished"
+
+
+def _import_plugin(name: str) -> None:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"plugins: cannot import '{name}' ({error}); it must be importable from here or installed"
+        ) from error
+
+
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"unknown {name} '{value}'; {did_you_mean(str(value), [str(k) for k in known])}")

@@ -1,0 +1,41 @@
+"""The operations of pruning: tensors in, tensors out. This is the table of them.
+
+Each has a reference in torch (``reference.py``, the specification) and a Triton launcher of the same name and
+signature (``triton/``, imported when it is first needed); ``dispatch.py`` chooses between them.
+
+| operation | what it does |
+|---|---|
+| accumulate_unit_scores_ | ``S <- alpha * S + beta * reduce_unit f(w, g)`` |
+| n_in_m_masks, n_in_m_group_scores | N of every M consecutive inputs go; what that costs |
+| kth_score, masks_from_threshold | the exact threshold for a budget of elements; the masks it gives |
+| apply_masks_ | zeros where a unit is pruned |
+| mask_statistics | kept and changed units |
+"""
+
+from tritprune.kernels import checks, reference
+from tritprune.kernels.dispatch import BACKENDS, Op, get_backend, set_backend, use_backend
+from tritprune.kernels.units import UnitGrid
+
+accumulate_unit_scores_ = Op(reference.accumulate_unit_scores_, checks.accumulate_unit_scores_)
+n_in_m_masks = Op(reference.n_in_m_masks, checks.n_in_m_masks)
+n_in_m_group_scores = Op(reference.n_in_m_group_scores, checks.n_in_m_group_scores)
+kth_score = Op(reference.kth_score, checks.kth_score)
+masks_from_threshold = Op(reference.masks_from_threshold, checks.masks_from_threshold)
+apply_masks_ = Op(reference.apply_masks_, checks.apply_masks_)
+mask_statistics = Op(reference.mask_statistics, checks.mask_statistics)
+
+__all__ = [
+    "BACKENDS",
+    "Op",
+    "UnitGrid",
+    "accumulate_unit_scores_",
+    "apply_masks_",
+    "get_backend",
+    "kth_score",
+    "mask_statistics",
+    "masks_from_threshold",
+    "n_in_m_group_scores",
+    "n_in_m_masks",
+    "set_backend",
+    "use_backend",
+]

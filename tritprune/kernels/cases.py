@@ -1,0 +1,369 @@
+"""Inputs for every operation, ugly on purpose: they drive the tests of each backend, the compile check and benchmarks.
+
+A case makes its tensors anew on every call (in-place operations spoil them) and the same ones every time.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritprune.kernels import reference
+from tritprune.kernels.reference import Block
+from tritprune.kernels.units import UnitGrid
+
+Arguments = dict[str, Any]
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operation.
+
+    Args:
+        op: name of the operation.
+        name: what is special about the case; unique within the operation.
+        make: makes the keyword arguments on the CPU, from a generator seeded by the name.
+        exact: whether every backend must give the same bits (scores of large units are summed in another order).
+    """
+
+    op: str
+    name: str
+    make: Callable[[torch.Generator], Arguments]
+    exact: bool = True
+
+    def arguments(self, device: torch.device | str = "cpu") -> Arguments:
+        """Fresh keyword arguments on ``device``, with the strides and the alignment that the case asks for."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.op}: {self.name}".encode()))
+        return {name: _moved(value, torch.device(device)) for name, value in self.make(generator).items()}
+
+    def run(self, function: Callable[..., Any], device: torch.device | str = "cpu") -> list[Tensor]:
+        """Call ``function`` on fresh arguments; everything that it returned or wrote, on the CPU."""
+        arguments = self.arguments(device)
+        returned = function(**arguments)
+        if self.op == "accumulate_unit_scores_":
+            results = [*arguments["scores"], arguments["skipped"]]
+        elif self.op == "apply_masks_":
+            results = list(arguments["tensors"])
+        else:
+            results = list(returned) if isinstance(returned, list | tuple) else [returned]
+        return [result.cpu() for result in results]
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.name}"
+
+
+UGLY: tuple[Shape, ...] = ((8, 16), (10, 7), (1, 1), (0, 5), (5, 0), (3, 130), (37, 33))
+"""Empty, one element, odd, ragged for every block, more than one tile."""
+
+LONG: tuple[Shape, ...] = ((37, 33), (20, 130), (0, 21), (17, 40))
+"""Sizes whose channels are large units."""
+
+WIDE: tuple[Shape, ...] = ((32, 64), (16, 128))
+"""Sizes that the aligned kernels take."""
+
+
+def all_cases() -> list[Case]:
+    """Every case of every operation."""
+    return [*_score_cases(), *_n_in_m_cases(), *_kth_cases(), *_threshold_cases(), *_apply_cases(), *_statistics_cases()]
+
+
+def cases_of(op: str) -> list[Case]:
+    """The cases of one operation."""
+    return [case for case in all_cases() if case.op == op]
+
+
+# --- scores
+
+
+def _score_cases() -> Iterator[Case]:
+    for form in ("magnitude", "gradient", "snip"):
+        for reduce in ("mean", "sum", "max"):
+            yield _scores(f"{form} {reduce} 4x1", UGLY, (4, 1), form=form, reduce=reduce)
+    for block in ((1, 1), (1, 4), (2, 2), (3, 5), (16, 1)):
+        yield _scores(f"{block[0]}x{block[1]}", UGLY, block)
+    for block in ((4, 1), (1, 1), (1, 4)):
+        yield _scores(f"aligned {block[0]}x{block[1]}", WIDE, block)
+    for reduce in ("mean", "sum", "max"):
+        for block in ((5, 7), (16, 16), (40, 30)):
+            yield _scores(f"large {block[0]}x{block[1]} {reduce}", UGLY, block, reduce=reduce, exact=reduce == "max")
+        for block in (("R", 1), (1, "C"), ("R", "C")):
+            yield _scores(f"large {block[0]}x{block[1]} {reduce}", LONG, block, reduce=reduce, exact=reduce == "max")
+        for block in ((16, 16), ("R", 1), (1, "C")):
+            name = f"large aligned {block[0]}x{block[1]} {reduce}"
+            yield _scores(name, WIDE, block, reduce=reduce, exact=reduce == "max")
+    for block in ((4, 1), ("R", 1), (16, 16), (5, 7)):
+        for layout in ("transposed", "strided"):
+            shapes = LONG if "R" in block else UGLY
+            yield _scores(f"{layout} {block[0]}x{block[1]}", shapes, block, layout=layout, exact=block == (4, 1))
+    yield _scores("transposed 2x3", UGLY, (2, 3), layout="transposed")
+    yield _scores("transposed aligned 1x1", WIDE, (1, 1), layout="transposed")
+    yield _scores("transposed aligned 1x4", WIDE, (1, 4), layout="transposed")
+    yield _scores("unaligned address", WIDE, (4, 1), layout="offset")
+    yield _scores("gradient of another layout", UGLY, (4, 1), layout="mixed")
+    for w_type, g_type in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, None)):
+        name = f"{w_type} x {g_type or torch.float32}".replace("torch.", "")
+        types = (w_type, g_type or torch.float32)
+        yield _scores(name, (*UGLY, *WIDE), (4, 1), types=types)
+        yield _scores(f"{name}, large", WIDE, (16, 16), types=types, exact=False)
+    yield _scores("no layers", (), (4, 1))
+    yield _scores("without the old score", UGLY, (4, 1), alpha=0.0, old=math.inf)
+    yield _scores("zeros", UGLY, (4, 1), values="zero")
+    yield _scores("denormal", UGLY, (4, 1), values="denormal")
+    yield _scores("denormal magnitude", UGLY, (4, 1), values="denormal", form="magnitude", reduce="max")
+    yield _scores("non-finite gradients", UGLY, (4, 1), values="non-finite")
+    yield _scores("non-finite gradients, max", UGLY, (4, 1), values="non-finite", reduce="max")
+    yield _scores("non-finite gradients, large", UGLY, (5, 7), values="non-finite", exact=False)
+    yield _scores("products that overflow", UGLY, (4, 1), values="overflow")
+    yield _scores("NaN weights", UGLY, (4, 1), values="nan weights", reduce="max")
+    yield _scores("NaN weights, large", UGLY, (5, 7), values="nan weights", reduce="max")
+    blocks = [(4, 1), (1, 4), (16, 16), (37, 1), (1, 130), (4, 1)]
+    shapes = [(12, 9), (4, 16), (40, 33), (37, 20), (6, 130), (9, 2)]
+    yield Case("accumulate_unit_scores_", "a block a layer", lambda g: _score_arguments(g, shapes, blocks), exact=False)
+
+
+def _scores(
+    name: str, shapes: Sequence[Shape], block: tuple[int | str, int | str], *, exact: bool = True, **options: Any
+) -> Case:
+    blocks = [_resolve(block, shape) for shape in shapes]
+    return Case(
+        "accumulate_unit_scores_", name, lambda g: _score_arguments(g, shapes, blocks, **options), exact=exact
+    )
+
+
+def _score_arguments(
+    generator: torch.Generator,
+    shapes: Sequence[Shape],
+    blocks: Sequence[Block],
+    *,
+    form: str = "snip",
+    reduce: str = "mean",
+    alpha: float = 0.9,
+    beta: float = 1.1,
+    old: float | None = None,
+    layout: str = "plain",
+    values: str = "normal",
+    types: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+) -> Arguments:
+    weights = [_values(generator, shape, values if values != "non-finite" else "normal") for shape in shapes]
+    gradients = [_values(generator, shape, values if values != "nan weights" else "normal") for shape in shapes]
+    gradient_layout = {"mixed": "transposed"}.get(layout, layout)
+    grids = [UnitGrid.of_blocks(shape, block) for shape, block in zip(shapes, blocks, strict=True)]
+    return {
+        "scores": [torch.rand(g.shape, generator=generator) if old is None else torch.full(g.shape, old) for g in grids],
+        "skipped": torch.arange(len(shapes)),
+        "weights": [_laid_out(weight.to(types[0]), layout) for weight in weights],
+        "gradients": None
+        if form == "magnitude"
+        else [_laid_out(gradient.to(types[1]), gradient_layout) for gradient in gradients],
+        "blocks": list(blocks),
+        "form": form,
+        "reduce": reduce,
+        "alpha": alpha,
+        "beta": beta,
+    }
+
+
+# --- N:M
+
+
+def _n_in_m_cases() -> Iterator[Case]:
+    shapes = [*UGLY, *WIDE]
+    for op in ("n_in_m_masks", "n_in_m_group_scores"):
+        for n, m in ((2, 4), (1, 4), (3, 4), (1, 2), (5, 8), (3, 7), (9, 20)):
+            yield _n_in_m(op, f"{n}:{m}", n, m, shapes)
+        yield _n_in_m(op, "ties", 2, 4, shapes, values="ties")
+        yield _n_in_m(op, "all equal", 3, 8, shapes, values="zero")
+        yield _n_in_m(op, "infinities", 2, 4, shapes, values="one infinity")
+        yield _n_in_m(op, "transposed", 2, 4, shapes, layout="transposed")
+        yield _n_in_m(op, "strided", 2, 4, shapes, layout="strided")
+        yield _n_in_m(op, "unaligned address", 2, 4, WIDE, layout="offset")
+        yield _n_in_m(op, "no layers", 2, 4, ())
+
+
+def _n_in_m(
+    op: str, name: str, n: int, m: int, shapes: Sequence[Shape], values: str = "positive", layout: str = "plain"
+) -> Case:
+    def make(generator: torch.Generator) -> Arguments:
+        return {"scores": [_laid_out(_values(generator, shape, values), layout) for shape in shapes], "n": n, "m": m}
+
+    return Case(op, name, make)
+
+
+# --- thresholds
+
+
+def _kth_cases() -> Iterator[Case]:
+    for name, make in _threshold_inputs():
+        yield Case("kth_score", name, make)
+
+
+def _threshold_cases() -> Iterator[Case]:
+    for name, make in _threshold_inputs():
+
+        def with_threshold(generator: torch.Generator, make: Callable[..., Arguments] = make) -> Arguments:
+            arguments = make(generator)
+            threshold, remainder = reference.kth_score(**arguments)
+            del arguments["budget"]
+            return {**arguments, "threshold": threshold, "remainder": remainder}
+
+        yield Case("masks_from_threshold", name, with_threshold)
+
+
+def _threshold_inputs() -> Iterator[tuple[str, Callable[[torch.Generator], Arguments]]]:
+    ugly = [UnitGrid.of_blocks(shape, (4, 1)) for shape in UGLY]
+    even = [UnitGrid.of_blocks(shape, (4, 1)) for shape in WIDE]
+    elements = [UnitGrid.of_blocks((100, 110), (1, 1)), UnitGrid.of_blocks((7, 3), (1, 1))]
+    mixed = [
+        UnitGrid.of_blocks((37, 33), (4, 5)),
+        UnitGrid.of_blocks((50, 90), (3, 1)),
+        UnitGrid(1, 12, 99, 64, 7, 7),
+        UnitGrid.of_blocks((30, 10), (30, 1)),
+        UnitGrid.of_blocks((3, 5), (8, 8)),
+    ]
+    for share in (0.0, 0.5, 0.99, 1.0):
+        yield f"mixed sizes, {share}", _threshold_input(mixed, share)
+    yield "ragged", _threshold_input(ugly, 0.3)
+    yield "even sizes", _threshold_input(even, 0.8)
+    yield "several tiles", _threshold_input(elements, 0.8)
+    yield "several tiles of ties", _threshold_input(elements, 0.65, "ties")
+    yield "ties in mixed sizes", _threshold_input(mixed, 0.45, "ties")
+    yield "all equal", _threshold_input([*even, *ugly], 0.5, "zero")
+    yield "zeros of both signs", _threshold_input([*even, *ugly], 0.37, "signed zeros")
+    yield "denormal", _threshold_input(ugly, 0.6, "denormal")
+    yield "negative", _threshold_input(mixed, 0.4, "normal")
+    yield "pruned and protected", _threshold_input([*even, *mixed], 0.5, "infinities")
+    yield "budget reaches the protected", _threshold_input(mixed, 0.97, "infinities")
+    yield "more than everything", _threshold_input(mixed, 1.5)
+    yield "everything pruned already", _threshold_input(mixed, 0.5, "minus infinity")
+    yield "everything protected", _threshold_input(mixed, 0.5, "plus infinity")
+    yield "transposed", _threshold_input(mixed, 0.5, layout="transposed")
+    yield "unaligned address", _threshold_input(even, 0.5, layout="offset")
+    yield "no layers", _threshold_input([], 0.5)
+    yield "only empty layers", _threshold_input([UnitGrid.of_blocks((0, 5), (4, 1))], 0.5)
+
+
+def _threshold_input(
+    grids: Sequence[UnitGrid], share: float, values: str = "positive", layout: str = "plain"
+) -> Callable[[torch.Generator], Arguments]:
+    def make(generator: torch.Generator) -> Arguments:
+        scores = [_laid_out(_values(generator, grid.shape, values), layout) for grid in grids]
+        return {"scores": scores, "grids": list(grids), "budget": int(share * sum(grid.elements for grid in grids))}
+
+    return make
+
+
+# --- masks
+
+
+def _apply_cases() -> Iterator[Case]:
+    for block in ((4, 1), (1, 1), (1, 4), (3, 5), (16, 16), ("R", 1), (1, "C"), (5, 7)):
+        yield _apply(f"{block[0]}x{block[1]}", block)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield _apply(f"{dtype}".removeprefix("torch."), (4, 1), dtype=dtype)
+    for layout in ("transposed", "strided", "offset"):
+        yield _apply(f"{layout} 4x1", (4, 1), layout=layout)
+        yield _apply(f"{layout} 5x7", (5, 7), layout=layout)
+    for values in ("non-finite", "signed zeros"):
+        yield _apply(values, (4, 1), values=values)
+    yield _apply("transposed masks", (4, 1), mask_layout="transposed")
+    yield _apply("nothing pruned", (4, 1), kept=1.0)
+    yield _apply("everything pruned", (4, 1), kept=0.0, values="non-finite")
+    yield Case("apply_masks_", "no layers", lambda _: {"tensors": [], "masks": [], "blocks": []})
+
+
+def _apply(
+    name: str,
+    block: tuple[int | str, int | str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "plain",
+    mask_layout: str = "plain",
+    values: str = "normal",
+    kept: float = 0.4,
+) -> Case:
+    shapes = [*UGLY, *WIDE]
+    blocks = [_resolve(block, shape) for shape in shapes]
+
+    def make(generator: torch.Generator) -> Arguments:
+        grids = [UnitGrid.of_blocks(shape, block) for shape, block in zip(shapes, blocks, strict=True)]
+        tensors = [_laid_out(_values(generator, shape, values).to(dtype), layout) for shape in shapes]
+        masks = [_laid_out(torch.rand(grid.shape, generator=generator) < kept, mask_layout) for grid in grids]
+        return {"tensors": tensors, "masks": masks, "blocks": blocks}
+
+    return Case("apply_masks_", name, make)
+
+
+def _statistics_cases() -> Iterator[Case]:
+    for layout in ("plain", "transposed", "strided", "offset"):
+        yield _statistics(layout, [*UGLY, *WIDE, (90, 110)], layout)
+    yield _statistics("no layers", (), "plain")
+
+
+def _statistics(name: str, shapes: Sequence[Shape], layout: str) -> Case:
+    def make(generator: torch.Generator) -> Arguments:
+        masks = [[torch.rand(shape, generator=generator) < kept for shape in shapes] for kept in (0.3, 0.5)]
+        return {"masks": [_laid_out(mask, layout) for mask in masks[0]], "previous": masks[1]}
+
+    return Case("mask_statistics", name, make)
+
+
+# --- tensors
+
+
+def _values(generator: torch.Generator, shape: Shape, kind: str) -> Tensor:
+    """fp32 values of a kind, of a shape."""
+    normal = torch.randn(shape, generator=generator)
+    some = torch.rand(shape, generator=generator)
+    special = {
+        "normal": lambda: normal,
+        "positive": lambda: normal.abs(),
+        "zero": lambda: torch.zeros(shape),
+        "ties": lambda: (normal.abs() * 2).floor(),
+        "signed zeros": lambda: torch.where(some < 0.5, -0.0, 0.0),
+        "denormal": lambda: normal * 1e-39,
+        "overflow": lambda: normal * 1e19,
+        "non-finite": lambda: normal.masked_fill(some < 0.06, math.inf)
+        .masked_fill(some < 0.04, -math.inf)
+        .masked_fill(some < 0.02, math.nan),
+        "nan weights": lambda: normal.masked_fill(some < 0.05, math.nan),
+        "one infinity": lambda: normal.masked_fill(some < 0.1, math.inf),
+        "infinities": lambda: normal.masked_fill(some < 0.3, -math.inf).masked_fill(some > 0.9, math.inf),
+        "minus infinity": lambda: torch.full(shape, -math.inf),
+        "plus infinity": lambda: torch.full(shape, math.inf),
+    }
+    return special[kind]()
+
+
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values ``[R, C]`` in other memory: rows adjacent, gaps in both directions, or one element further on."""
+    rows, cols = tensor.shape
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "strided":
+        view = tensor.new_ones(2 * rows, 3 * cols)[::2, 1::3]
+    elif layout == "offset":
+        view = tensor.new_ones(rows * cols + 1)[1:].view(rows, cols)
+    else:
+        return tensor.contiguous()
+    return view.copy_(tensor)
+
+
+def _resolve(block: tuple[int | str, int | str], shape: Shape) -> Block:
+    """A block in which R and C stand for the whole dimension."""
+    n, m = (max(shape[axis], 1) if isinstance(size, str) else size for axis, size in enumerate(block))
+    return n, m
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A list of tensors, or a tensor, on another device with its strides and its offset."""
+    if isinstance(value, list):
+        return [_moved(entry, device) for entry in value]
+    if not isinstance(value, Tensor) or device.type == "cpu":
+        return value
+    storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+    return storage.to(device).as_strided(value.shape, value.stride(), value.storage_offset())

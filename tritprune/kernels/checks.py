@@ -1,0 +1,151 @@
+"""The shapes and types that every backend may rely on; one function per operation, with its signature."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from tritprune.kernels.reference import Block, Form, Reduce
+from tritprune.kernels.units import UnitGrid
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulate_unit_scores_(
+    scores: Sequence[Tensor],
+    skipped: Tensor,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    blocks: Sequence[Block],
+    *,
+    form: Form,
+    reduce: Reduce,
+    alpha: float,
+    beta: float,
+) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    del alpha, beta
+    op = "accumulate_unit_scores_"
+    _one_of(op, "form", form, get_args(Form))
+    _one_of(op, "reduce", reduce, get_args(Reduce))
+    _same_length(op, scores=scores, weights=weights, blocks=blocks)
+    if form != "magnitude":
+        if gradients is None:
+            raise ValueError(f"{op}: form '{form}' needs gradients")
+        _same_length(op, weights=weights, gradients=gradients)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            _float(op, "gradient", gradient)
+            _shape(op, "gradient", gradient, tuple(weight.shape))
+    if skipped.dtype != torch.int64 or skipped.shape != (len(weights),) or not skipped.is_contiguous():
+        raise ValueError(f"{op}: skipped must be contiguous int64 [{len(weights)}], got {_show(skipped)}")
+    for score, weight, block in zip(scores, weights, blocks, strict=True):
+        _float(op, "weight", weight)
+        _two_dimensions(op, "weight", weight)
+        _score(op, score, UnitGrid.of_blocks((weight.shape[0], weight.shape[1]), block).shape)
+        if not score.is_contiguous():
+            raise ValueError(f"{op}: scores must be contiguous, got strides {score.stride()}")
+
+
+def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    _n_in_m("n_in_m_masks", scores, n, m)
+
+
+def n_in_m_group_scores(scores: Sequence[Tensor], n: int, m: int) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    _n_in_m("n_in_m_group_scores", scores, n, m)
+
+
+def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    _scores_of_grids("kth_score", scores, grids)
+    if budget < 0:
+        raise ValueError(f"kth_score: the budget is a number of elements, got {budget}")
+
+
+def masks_from_threshold(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor
+) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    op = "masks_from_threshold"
+    _scores_of_grids(op, scores, grids)
+    for name, tensor, dtype in (("threshold", threshold, torch.float32), ("remainder", remainder, torch.int64)):
+        if tensor.dtype != dtype or tensor.numel() != 1:
+            raise ValueError(f"{op}: {name} must be one {dtype} number, got {_show(tensor)}")
+
+
+def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    op = "apply_masks_"
+    _same_length(op, tensors=tensors, masks=masks, blocks=blocks)
+    for tensor, mask, block in zip(tensors, masks, blocks, strict=True):
+        _float(op, "tensor", tensor)
+        _two_dimensions(op, "tensor", tensor)
+        _bool(op, "mask", mask)
+        _shape(op, "mask", mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block).shape)
+
+
+def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    op = "mask_statistics"
+    _same_length(op, masks=masks, previous=previous)
+    for mask, old in zip(masks, previous, strict=True):
+        _bool(op, "mask", mask)
+        _bool(op, "previous mask", old)
+        _shape(op, "previous mask", old, tuple(mask.shape))
+
+
+def _n_in_m(op: str, scores: Sequence[Tensor], n: int, m: int) -> None:
+    if not 0 < n < m:
+        raise ValueError(f"{op}: N:M needs 0 < N < M, got {n}:{m}")
+    for score in scores:
+        _two_dimensions(op, "score", score)
+        _score(op, score, tuple(score.shape))
+
+
+def _scores_of_grids(op: str, scores: Sequence[Tensor], grids: Sequence[UnitGrid]) -> None:
+    _same_length(op, scores=scores, grids=grids)
+    for score, grid in zip(scores, grids, strict=True):
+        _score(op, score, grid.shape)
+
+
+def _score(op: str, score: Tensor, shape: tuple[int, ...]) -> None:
+    if score.dtype != torch.float32:
+        raise ValueError(f"{op}: scores are float32, got {_show(score)}")
+    _shape(op, "score", score, shape)
+
+
+def _shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: expected a {name} of shape {list(shape)}, got {_show(tensor)}")
+
+
+def _two_dimensions(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.ndim != 2:
+        raise ValueError(f"{op}: expected a {name} of shape [R, C], got {_show(tensor)}")
+
+
+def _float(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{op}: a {name} is float32, bfloat16 or float16, got {_show(tensor)}")
+
+
+def _bool(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.bool:
+        raise ValueError(f"{op}: a {name} is bool, got {_show(tensor)}")
+
+
+def _one_of(op: str, name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{op}: unknown {name} '{value}'; known: {', '.join(known)}")
+
+
+def _same_length(op: str, **lists: Sequence[object]) -> None:
+    if len({len(entries) for entries in lists.values()}) > 1:
+        counts = ", ".join(f"{len(entries)} {name}" for name, entries in lists.items())
+        raise ValueError(f"{op}: one entry a layer in every list, got {counts}")
+
+
+def _show(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")

@@ -1,0 +1,368 @@
+"""Every operation in plain torch and einops: the specification that the Triton kernels must meet.
+
+Shapes: ``R x C`` is a weight view, ``n x m`` a block, ``rows x cols`` the grid of units (``rows = ceil(R / n)``,
+``cols = ceil(C / m)``). Lists run over layers. Nothing here needs a GPU; on one, these functions may synchronise.
+The shapes that the docstrings name are checked once, in ``checks.py``, for every backend.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from einops import reduce as einops_reduce
+from torch import Tensor
+
+from tritprune.kernels.units import UnitGrid
+
+Form = Literal["magnitude", "gradient", "snip"]
+Reduce = Literal["mean", "sum", "max"]
+Block = tuple[int, int]
+
+SMALL_UNIT = 16
+"""Units of up to this many elements are summed one element after the other, row-major, on every backend: the same
+bits everywhere. Larger units are summed in an order that the backend chooses."""
+
+_STRIP_ELEMENTS = 1 << 18
+_SAMPLE = 1 << 17
+
+
+def accumulate_unit_scores_(
+    scores: Sequence[Tensor],
+    skipped: Tensor,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    blocks: Sequence[Block],
+    *,
+    form: Form,
+    reduce: Reduce,
+    alpha: float,
+    beta: float,
+) -> None:
+    """Score every unit and fold it into the running score, in place: ``S <- alpha * S + beta * reduce_unit f(w, g)``.
+
+    ``f`` is ``|w|`` (magnitude), ``|g|`` (gradient) or ``|w * g|`` (snip), in fp32 whatever the inputs are. An element
+    whose gradient is not finite has ``f = 0`` and is counted. ``mean`` divides by the unit's true size, smaller at
+    ragged edges. With ``alpha = 0`` the old ``S`` is not read. Products and sum are rounded one by one (no fused
+    multiply-add): ``round(round(alpha * S) + round(beta * r))``.
+
+    Bytes to move: the weights and the gradients that ``f`` uses once, ``S`` twice (once if ``alpha = 0``).
+
+    Args:
+        scores: fp32 ``[rows, cols]`` each, contiguous, updated in place.
+        skipped: int64 ``[T]``; ``skipped[t]`` grows by the number of elements of layer t with a non-finite gradient.
+        weights: fp32, bf16 or fp16 ``[R, C]`` each, any strides.
+        gradients: like ``weights``; None if ``form`` is magnitude.
+        blocks: ``(n, m)`` each.
+        form: what an element is worth.
+        reduce: how a unit's elements become one number.
+        alpha: share of the old score that stays.
+        beta: weight of the new one.
+    """
+    for layer, (score, weight, block) in enumerate(zip(scores, weights, blocks, strict=True)):
+        gradient = None if gradients is None or form == "magnitude" else gradients[layer]
+        for units, elements in _strips(score, weight, block):
+            w = weight[elements]
+            g = None if gradient is None else gradient[elements]
+            fresh = _reduce_units(_element_scores(form, w, g), block, reduce)
+            if g is not None and not bool(torch.isfinite(fresh).all()):
+                # Only a non-finite gradient (or an overflow) can do this: look closer, which the usual case need not.
+                finite = torch.isfinite(g)
+                skipped[layer] += finite.numel() - torch.count_nonzero(finite)
+                fresh = _reduce_units(_element_scores(form, w, g).masked_fill_(~finite, 0.0), block, reduce)
+            if reduce == "mean":
+                grid = UnitGrid.of_blocks((w.shape[0], w.shape[1]), block)
+                fresh.div_(grid.row_heights(w.device)[:, None].float() * grid.col_widths(w.device)[None, :].float())
+            fresh.mul_(beta)
+            if alpha == 0:
+                score[units] = fresh
+            else:
+                score[units].mul_(alpha).add_(fresh)
+
+
+def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
+    """Prune the ``n`` lowest of every ``m`` consecutive columns; among equals the lower index stays.
+
+    A shorter group of length L at the end of a row prunes ``floor(L * n / m)``.
+    Bytes to move: the scores once, one byte a mask element.
+
+    Args:
+        scores: fp32 ``[R, C]`` each.
+        n: how many go, ``0 < n < m``.
+        m: length of a group.
+
+    Returns:
+        bool ``[R, C]`` each, True = keep.
+    """
+    masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
+    for score, mask in zip(scores, masks, strict=True):
+        for columns, length in _groups(score.shape[1], m):
+            quota = length * n // m
+            for j, rank in enumerate(_ranks(score[:, columns], length)):
+                mask[:, columns][:, j::length] = rank >= quota
+    return masks
+
+
+def n_in_m_group_scores(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
+    """What pruning a group costs: the sum of the scores that :func:`n_in_m_masks` would prune, lower index first.
+
+    Bytes to move: the scores once, 4 bytes a group.
+
+    Args:
+        scores: fp32 ``[R, C]`` each.
+        n: how many would go, ``0 < n < m``.
+        m: length of a group.
+
+    Returns:
+        fp32 ``[R, ceil(C / m)]`` each.
+    """
+    costs = [
+        torch.zeros(score.shape[0], -(-score.shape[1] // m), dtype=torch.float32, device=score.device)
+        for score in scores
+    ]
+    for score, cost in zip(scores, costs, strict=True):
+        for columns, length in _groups(score.shape[1], m):
+            quota = length * n // m
+            part = cost[:, columns.start // m : -(-columns.stop // m)]
+            for j, rank in enumerate(_ranks(score[:, columns], length)):
+                part += torch.where(rank < quota, score[:, columns][:, j::length], 0.0)
+    return costs
+
+
+def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> tuple[Tensor, Tensor]:
+    """The score at which a budget of elements is spent, if units go in ascending order of their scores.
+
+    Among equal scores the higher (layer, row-major index) goes first. The pruned units are the longest prefix of that
+    order whose elements do not exceed ``budget``; :func:`masks_from_threshold` turns the result into masks.
+    ``+inf`` protects: such a unit never goes, and if everything else fits the result is ``(+inf, 0)``.
+
+    Exact, without sorting or joining the scores: a deterministic sample gives two pivots, one pass weighs what lies
+    below and gathers what lies between, and only that is sorted. A sample that misleads costs a second, full pass.
+    Bytes to move: the scores once.
+
+    Args:
+        scores: fp32, each of the shape of its grid; ``-inf`` and ``+inf`` are allowed, NaN is not.
+        grids: the unit sizes.
+        budget: elements that may go, at least 0.
+
+    Returns:
+        threshold fp32 ``[]``, the score of the first unit that may not go completely, and remainder int64 ``[]``,
+        the elements left for the units that equal it.
+    """
+    device = scores[0].device if scores else torch.device("cpu")
+    low, high, below = -math.inf, math.inf, 0
+    values, sizes = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    for low, high in (_sampled_bracket(scores, grids, budget), (-math.inf, math.inf)):
+        below = sum(_mass(score < low, grid) for score, grid in zip(scores, grids, strict=True))
+        between = [_gather(score, grid, low, high) for score, grid in zip(scores, grids, strict=True)]
+        values = torch.cat([values[:0], *(value for value, _ in between)])
+        sizes = torch.cat([sizes[:0], *(size for _, size in between)])
+        if below <= budget < below + int(sizes.sum()):
+            break
+    else:
+        return _protected(device)
+    left = budget - below
+    if low < high:
+        values, order = values.sort()
+        spent = sizes[order].cumsum(0)
+        first_stays = int(torch.searchsorted(spent, left, right=True))
+        threshold = values[first_stays]
+        first_equal = int(torch.searchsorted(values, threshold))
+        left -= int(spent[first_equal - 1]) if first_equal else 0
+    else:
+        threshold = values[0]
+    if threshold == math.inf:
+        return _protected(device)
+    return threshold + 0.0, torch.tensor(left, dtype=torch.int64, device=device)  # + 0.0: -0 is 0
+
+
+def masks_from_threshold(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor
+) -> list[Tensor]:
+    """Which units stay: those above the threshold, and of its equals those that the remainder does not reach.
+
+    ``keep = score > threshold or (score == threshold and e > remainder)``, where ``e`` is the number of elements in
+    the tied units from this one to the last one of the last layer: the highest index goes first.
+    Bytes to move: the scores once, one byte a unit.
+
+    Args:
+        scores: fp32, each of the shape of its grid.
+        grids: the unit sizes.
+        threshold: fp32 ``[]`` of :func:`kth_score`.
+        remainder: int64 ``[]`` of :func:`kth_score`.
+
+    Returns:
+        bool, each of the shape of its grid, True = keep.
+    """
+    masks = [score.contiguous() > threshold for score in scores]
+    later = torch.zeros_like(remainder)
+    for score, grid, mask in reversed(list(zip(scores, grids, masks, strict=True))):
+        tied = (score == threshold).flatten().nonzero().flatten()
+        elements = later + grid.sizes_at(tied).flip(0).cumsum(0).flip(0)
+        mask.view(-1)[tied] = elements > remainder
+        later = elements[0] if len(elements) else later
+    return masks
+
+
+def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
+    """Zero every element of the pruned units, in place and in the same storage; also NaN, infinity and -0 become 0.
+
+    Bytes to move: one a unit, and the pruned elements once (they are written, never read).
+
+    Args:
+        tensors: fp32, bf16 or fp16 ``[R, C]`` each, any strides.
+        masks: bool ``[rows, cols]`` each, True = keep.
+        blocks: ``(n, m)`` each.
+    """
+    for tensor, mask, (n, m) in zip(tensors, masks, blocks, strict=True):
+        gone = ~mask
+        for height in _pieces(tensor.shape[0], n):
+            for width in _pieces(tensor.shape[1], m):
+                part = tensor[height[1], width[1]]
+                part_gone = gone[height[0], width[0]]
+                if min(part.shape) == 0:
+                    continue
+                unit_rows, unit_cols = part_gone.shape
+                blocked = part.unflatten(0, (unit_rows, -1)).unflatten(2, (unit_cols, -1))
+                blocked.masked_fill_(part_gone[:, None, :, None], 0.0)
+
+
+def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
+    """How many units stay, and how many changed since the previous masks.
+
+    Bytes to move: both masks once.
+
+    Args:
+        masks: bool, any shape.
+        previous: bool, of the same shapes.
+
+    Returns:
+        int64 ``[T, 2]``: kept and changed units of each layer.
+    """
+    device = masks[0].device if masks else torch.device("cpu")
+    rows = [
+        torch.stack([torch.count_nonzero(mask), torch.count_nonzero(mask ^ old)])
+        for mask, old in zip(masks, previous, strict=True)
+    ]
+    return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.int64, device=device)
+
+
+def _element_scores(form: Form, weight: Tensor, gradient: Tensor | None) -> Tensor:
+    """``f(w, g)`` in fp32, in memory of its own: ``[R, C] -> [R, C]``."""
+    if form == "magnitude" or gradient is None:
+        return weight.float().abs()
+    if form == "gradient":
+        return gradient.float().abs()
+    return (weight.float() * gradient.float()).abs_()
+
+
+def _strips(score: Tensor, weight: Tensor, block: Block) -> Iterator[tuple[slice, slice]]:
+    """Rows of units and the rows of elements below them, cut so that temporaries stay in the cache."""
+    n = block[0]
+    units = max(1, _STRIP_ELEMENTS // max(1, n * weight.shape[1]))
+    for start in range(0, score.shape[0], units):
+        yield slice(start, start + units), slice(start * n, (start + units) * n)
+
+
+def _reduce_units(values: Tensor, block: Block, reduce: Reduce) -> Tensor:
+    """The sum (or maximum) of every unit: ``[R, C] -> [rows, cols]``; ``mean`` sums, its caller divides."""
+    n, m = block
+    operation = "max" if reduce == "max" else "sum"
+    if n * m <= SMALL_UNIT:
+        return _reduce_in_order(values, block, operation)
+    rows, cols = -(-values.shape[0] // n), -(-values.shape[1] // m)
+    out = values.new_empty(rows, cols)
+    for height in _pieces(values.shape[0], n):
+        for width in _pieces(values.shape[1], m):
+            part, target = values[height[1], width[1]], out[height[0], width[0]]
+            if part.numel():
+                row_units, col_units = target.shape
+                pattern = "(rows n) (cols m) -> rows cols"
+                target.copy_(einops_reduce(part, pattern, operation, rows=row_units, cols=col_units))
+    return out
+
+
+def _reduce_in_order(values: Tensor, block: Block, operation: Literal["sum", "max"]) -> Tensor:
+    """As :func:`_reduce_units`, one element of each unit after the other, row-major."""
+    n, m = block
+    out = values[::n, ::m].clone()
+    for i in range(n):
+        for j in range(m):
+            part = values[i::n, j::m]
+            target = out[: part.shape[0], : part.shape[1]]
+            if (i, j) == (0, 0):
+                continue
+            if operation == "sum":
+                target.add_(part)
+            else:
+                torch.maximum(target, part, out=target)
+    return out
+
+
+def _pieces(length: int, size: int) -> list[tuple[slice, slice]]:
+    """``(units, elements)`` of the whole pieces of a dimension and of the shorter one at its end."""
+    whole = length // size
+    return [(slice(0, whole), slice(0, whole * size)), (slice(whole, None), slice(whole * size, length))]
+
+
+def _groups(columns: int, m: int) -> Iterator[tuple[slice, int]]:
+    """Column ranges that hold groups of one length, and that length: the whole groups, then the shorter one."""
+    whole = columns - columns % m
+    if whole:
+        yield slice(0, whole), m
+    if whole < columns:
+        yield slice(whole, columns), columns - whole
+
+
+def _ranks(scores: Tensor, length: int) -> Iterator[Tensor]:
+    """For each place j of a group, how many of its group go before it: ``[R, C] -> length times [R, C / length]``.
+
+    i goes before j if its score is lower, or equal and i > j.
+    """
+    places = [scores[:, j::length] for j in range(length)]
+    for j, own in enumerate(places):
+        rank = torch.zeros(own.shape, dtype=torch.int32, device=own.device)
+        for i, other in enumerate(places):
+            if i != j:
+                rank += (other < own) if i < j else (other <= own)
+        yield rank
+
+
+def _sampled_bracket(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> tuple[float, float]:
+    """Two scores between which the threshold almost surely lies: quantiles of a regular sample, 5 sigma apart."""
+    units = sum(grid.units for grid in grids)
+    elements = sum(grid.elements for grid in grids)
+    if units <= _SAMPLE or not 0 <= budget < elements:
+        return -math.inf, math.inf
+    stride = -(-units // _SAMPLE) | 1  # odd: regular structure in the scores is not met at one phase only
+    index = [torch.arange(0, grid.units, stride, device=score.device) for score, grid in zip(scores, grids, strict=True)]
+    sample = torch.cat([score.flatten()[::stride] for score in scores])
+    sample, order = sample.sort()
+    spent = torch.cat([grid.sizes_at(i) for grid, i in zip(grids, index, strict=True)])[order].cumsum(0)
+    share = budget / elements
+    centre = int(torch.searchsorted(spent, int(share * int(spent[-1]))))
+    spread = 5 * math.sqrt(len(sample) * share * (1 - share)) + 5
+    first, last = math.floor(centre - spread), math.ceil(centre + spread)
+    low = -math.inf if first < 0 else float(sample[first])
+    return low, math.inf if last >= len(sample) else float(sample[last])
+
+
+def _gather(score: Tensor, grid: UnitGrid, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Scores and sizes of the units in ``[low, high]``, in index order."""
+    score = score.flatten()
+    index = ((score >= low) & (score <= high)).nonzero().flatten()
+    return score[index], grid.sizes_at(index)
+
+
+def _mass(chosen: Tensor, grid: UnitGrid) -> int:
+    """How many elements the chosen units have: bool of the grid's shape -> count."""
+    if grid.uniform_size is not None:
+        return grid.uniform_size * int(torch.count_nonzero(chosen))
+    counts = torch.stack([torch.count_nonzero(part, 1) for part in (chosen[:, :-1], chosen[:, -1:])])  # [2, rows]
+    widths = torch.tensor([grid.col_size, grid.last_col_size], device=chosen.device)
+    return int((widths[:, None] * counts * grid.row_heights(chosen.device)).sum())
+
+
+def _protected(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The answer when everything that may go does: nothing is above, and no equal is touched."""
+    return torch.tensor(math.inf, device=device), torch.zeros((), dtype=torch.int64, device=device)

@@ -1,0 +1,27 @@
+"""The Triton twins of ``tritprune.kernels.reference``: same names, same signatures, same results.
+
+Import this module through :mod:`tritprune.kernels` only: it needs the package triton.
+"""
+
+from triton.runtime.interpreter import InterpretedFunction
+
+from tritprune.kernels.triton.kth import kth_score
+from tritprune.kernels.triton.masks import apply_masks_, masks_from_threshold
+from tritprune.kernels.triton.multi_tensor import find_tile
+from tritprune.kernels.triton.n_in_m import n_in_m_group_scores, n_in_m_masks
+from tritprune.kernels.triton.scores import accumulate_unit_scores_
+from tritprune.kernels.triton.statistics import mask_statistics
+
+INTERPRETED = isinstance(find_tile, InterpretedFunction)
+"""Whether the kernels were defined under TRITON_INTERPRET=1: they then run on CPU tensors, and only there."""
+
+__all__ = [
+    "INTERPRETED",
+    "accumulate_unit_scores_",
+    "apply_masks_",
+    "kth_score",
+    "mask_statistics",
+    "masks_from_threshold",
+    "n_in_m_group_scores",
+    "n_in_m_masks",
+]

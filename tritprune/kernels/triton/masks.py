@@ -1,0 +1,203 @@
+"""From a threshold to masks, and from masks to zeros.
+
+    keep = s > t or (s = t and e > remainder)      e: elements in tied units from this one to the very last
+
+Two passes over the scores: the first leaves the tied elements of every tile (8 bytes for 1024 units), a scan over
+tiles turns them into what comes after each tile, and the second writes the masks, counting within a tile only where
+it has ties. 8 bytes a unit read, 1 written; nothing depends on the order of programs.
+
+Applying a mask stores zeros where a unit is gone and reads no weight: 1 byte a unit (from the cache after its first
+element) and the pruned share of the weights written.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritprune.kernels.reference import SMALL_UNIT, Block
+from tritprune.kernels.triton import multi_tensor
+from tritprune.kernels.triton.multi_tensor import at, find_tile, load_pointer, load_size, walk_grid
+from tritprune.kernels.units import UnitGrid
+
+FIELDS = tl.constexpr(10)
+APPLY_FIELDS = tl.constexpr(11)
+_BLOCK = 1024
+
+
+@triton.jit
+def _tied_elements(
+    row_ptr, tile, threshold, n_units, score_ptr, RAGGED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Scores of a tile, which of its units exist, and the sizes of those that equal the threshold (else 0)."""
+    unit = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    inside = unit < n_units
+    score = tl.load(score_ptr + unit, mask=inside, other=0.0)
+    row_size = tl.load(row_ptr + 6)
+    col_size = tl.load(row_ptr + 8)
+    if RAGGED:
+        n_cols = tl.load(row_ptr + 5)
+        row = unit // n_cols
+        in_last_row = row == (n_units // n_cols) - 1
+        in_last_col = unit - row * n_cols == n_cols - 1
+        row_size = tl.where(in_last_row, tl.load(row_ptr + 7), row_size)
+        col_size = tl.where(in_last_col, tl.load(row_ptr + 9), col_size)
+    tied = tl.where(inside & (score == threshold), row_size * col_size, 0)
+    return score, unit, inside, tied
+
+
+@triton.jit
+def _ties_kernel(
+    ties_ptr,  # [tiles of all layers] int64
+    table_ptr,  # [T, FIELDS]: first tile, first of all tiles, mask, score, units, cols, row, last row, col, last col
+    owners_ptr,  # [tiles]
+    threshold_ptr,  # [] fp32
+    RAGGED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
+    score_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
+    n_units = load_size(row_ptr + 4, ALIGNED)
+    threshold = tl.load(threshold_ptr)
+    _, _, _, tied = _tied_elements(row_ptr, tile, threshold, n_units, score_ptr, RAGGED, BLOCK)
+    tl.store(ties_ptr + tl.load(row_ptr + 1) + tile, tl.sum(tied))
+
+
+@triton.jit
+def _masks_kernel(
+    ties_ptr,  # [tiles of all layers] int64
+    from_here_ptr,  # [tiles of all layers] int64: tied elements from this tile to the last
+    table_ptr,  # [T, FIELDS]: as above
+    owners_ptr,  # [tiles]
+    threshold_ptr,  # [] fp32
+    remainder_ptr,  # [] int64
+    RAGGED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
+    mask_ptr = load_pointer(row_ptr + 2, tl.int8, ALIGNED)
+    score_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
+    n_units = load_size(row_ptr + 4, ALIGNED)
+    threshold = tl.load(threshold_ptr)
+    score, unit, inside, tied = _tied_elements(row_ptr, tile, threshold, n_units, score_ptr, RAGGED, BLOCK)
+    keep = score > threshold
+    number = tl.load(row_ptr + 1) + tile
+    if tl.load(ties_ptr + number) > 0:
+        before = tl.cumsum(tied, 0) - tied  # [BLOCK]
+        elements = tl.load(from_here_ptr + number) - before
+        keep = keep | ((tied > 0) & (elements > tl.load(remainder_ptr)))
+    tl.store(mask_ptr + unit, keep.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _apply_kernel(
+    table_ptr,  # [T, APPLY_FIELDS]: first tile, tensor, mask, R, C, tensor strides, mask strides, n, m
+    owners_ptr,  # [tiles]
+    TYPE: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, APPLY_FIELDS)
+    tensor_ptr = load_pointer(row_ptr + 1, TYPE, False)
+    mask_ptr = load_pointer(row_ptr + 2, tl.int8, False)
+    stride_r = tl.load(row_ptr + 5)
+    stride_c = tl.load(row_ptr + 6)
+    mask_stride_r = tl.load(row_ptr + 7)
+    mask_stride_c = tl.load(row_ptr + 8)
+    rows, cols, inside = walk_grid(tile, tl.load(row_ptr + 3), tl.load(row_ptr + 4), BLOCK, False)
+    if N > 0:
+        unit_rows = rows // N  # [BLOCK]
+        unit_cols = cols // M
+    else:
+        unit_rows = rows // tl.load(row_ptr + 9).to(tl.int32)
+        unit_cols = cols // tl.load(row_ptr + 10).to(tl.int32)
+    keep = tl.load(mask_ptr + at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), mask=inside, other=1)
+    zero = tl.zeros([BLOCK], TYPE)
+    tl.store(tensor_ptr + at(rows, cols, stride_r, stride_c), zero, mask=inside & (keep == 0))
+
+
+def masks_from_threshold(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor
+) -> list[Tensor]:
+    """See :func:`tritprune.kernels.reference.masks_from_threshold`; no synchronisation."""
+    masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
+    layers: list[_ThresholdLayer] = []
+    tiles = 0
+    for mask, score, grid in zip(masks, scores, grids, strict=True):
+        layers.append(_ThresholdLayer(tiles, mask, score.contiguous(), grid))
+        tiles += -(-grid.units // _BLOCK)
+    ties = torch.empty(tiles, dtype=torch.int64, device=threshold.device)
+    launches = [
+        (
+            {"RAGGED": ragged, "ALIGNED": aligned, "BLOCK": _BLOCK},
+            multi_tensor.tables(
+                [layer.fields for layer in members], [layer.grid.units for layer in members], _BLOCK, threshold.device
+            ),
+        )
+        for (ragged, aligned), members in multi_tensor.group_by(layers, lambda layer: layer.variant).items()
+    ]
+    for constants, (table, owners, programs) in launches:
+        multi_tensor.launch(_ties_kernel, programs, ties, table, owners, threshold, **constants)
+    from_here = ties.flip(0).cumsum(0).flip(0)
+    for constants, (table, owners, programs) in launches:
+        arguments = (ties, from_here, table, owners, threshold, remainder)
+        multi_tensor.launch(_masks_kernel, programs, *arguments, **constants)
+    return masks
+
+
+def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
+    """See :func:`tritprune.kernels.reference.apply_masks_`; one launch per width of element and size of small block."""
+    layers = [_oriented(*layer) for layer in zip(tensors, masks, blocks, strict=True)]
+    for (width, n, m), members in multi_tensor.group_by(layers, lambda layer: _apply_variant(*layer)).items():
+        table, owners, tiles = multi_tensor.tables(
+            [
+                (tensor.data_ptr(), mask.data_ptr(), *tensor.shape, *tensor.stride(), *mask.stride(), *block)
+                for tensor, mask, block in members
+            ],
+            [tensor.numel() for tensor, _, _ in members],
+            _BLOCK,
+            tensors[0].device,
+        )
+        zero_type = tl.int32 if width == 4 else tl.int16  # zero has the same bits in every type of that width
+        multi_tensor.launch(_apply_kernel, tiles, table, owners, TYPE=zero_type, N=n, M=m, BLOCK=_BLOCK)
+
+
+class _ThresholdLayer:
+    """A layer of :func:`masks_from_threshold`: which tiles of all are its own, mask, contiguous score, unit sizes."""
+
+    def __init__(self, first_of_all: int, mask: Tensor, score: Tensor, grid: UnitGrid) -> None:
+        self.first_of_all, self.mask, self.score, self.grid = first_of_all, mask, score, grid
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        grid = self.grid
+        row_size, col_size = grid.row_size, grid.col_size
+        if grid.uniform_size is not None and grid.units:
+            row_size, col_size = grid.last_row_size, grid.last_col_size
+        sizes = (row_size, grid.last_row_size, col_size, grid.last_col_size)
+        return (self.first_of_all, self.mask.data_ptr(), self.score.data_ptr(), grid.units, max(grid.cols, 1), *sizes)
+
+    @property
+    def variant(self) -> tuple[bool, bool]:
+        """(ragged, aligned): what a launch has in common."""
+        aligned = multi_tensor.is_aligned(self.mask.data_ptr(), self.score.data_ptr(), self.grid.units)
+        return self.grid.uniform_size is None, aligned
+
+
+def _oriented(tensor: Tensor, mask: Tensor, block: Block) -> tuple[Tensor, Tensor, Block]:
+    """With the columns adjacent in memory where they can be."""
+    if tensor.stride(0) < tensor.stride(1):
+        return tensor.t(), mask.t(), (block[1], block[0])
+    return tensor, mask, block
+
+
+def _apply_variant(tensor: Tensor, mask: Tensor, block: Block) -> tuple[int, int, int]:
+    """(bytes of an element, n, m): what a launch has in common; n = m = 0 where the block is read from the table."""
+    del mask
+    small = block[0] * block[1] <= SMALL_UNIT
+    return (tensor.element_size(), *(block if small else (0, 0)))

@@ -1,0 +1,310 @@
+"""Unit scores: element score, reduction over the unit and running average in one pass.
+
+    f = |w| or |g| or |w * g|      in fp32; 0, and counted, where g is not finite
+    r = sum f, sum f / size, or max f over the unit
+    S <- alpha * S + beta * r      each product and the sum rounded by itself
+
+Weights and gradients are read once, unit scores read and written once; nothing else touches memory (10 bytes a weight
+for 4x1 units of fp32 weights, 6 for bf16).
+
+Small units: a lane owns a unit and takes its elements one after the other, row-major, so that its bits are the
+reference's. Neighbouring lanes own neighbouring units: 4x1 is four row loads, without shared memory or barriers.
+Large units: a program owns BLOCK_U units and strides through their elements BLOCK_E at a time; a tree sums the rest.
+
+The launcher hands a transposed weight (rows adjacent in memory) over with rows and columns exchanged, so that a
+kernel's columns are always the adjacent ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritprune.kernels.reference import SMALL_UNIT, Block, Form, Reduce
+from tritprune.kernels.triton import multi_tensor
+from tritprune.kernels.triton.multi_tensor import TYPES, at, find_tile, load_pointer, load_size, load_stride, walk_grid
+
+FIELDS = tl.constexpr(15)
+
+
+@triton.jit
+def _element_scores(w_ptrs, g_ptrs, inside, FORM: tl.constexpr):
+    """``f`` in fp32 (at least +0), and 1 where the gradient is not finite; both of the shape of ``inside``."""
+    if FORM == "magnitude":
+        value = tl.abs(tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32))
+        bad = tl.zeros_like(value).to(tl.int32)
+    else:
+        gradient = tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32)
+        value = gradient
+        if FORM == "snip":
+            value = tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32) * gradient
+        finite = tl.abs(gradient) < float("inf")  # False for NaN
+        value = tl.where(finite, tl.abs(value), 0.0)
+        bad = tl.where(finite, 0, 1)
+    return value, bad
+
+
+@triton.jit
+def _fold(score_ptrs, inside, value, size, alpha, beta, REDUCE: tl.constexpr, HAS_STATE: tl.constexpr):
+    """``S <- alpha * S + beta * r``; without a state S is not read, for 0 * inf is NaN."""
+    if REDUCE == "mean":
+        value = tl.div_rn(value, size.to(tl.float32))
+    fresh = value * beta
+    if HAS_STATE:
+        fresh = tl.load(score_ptrs, mask=inside, other=0.0) * alpha + fresh
+    tl.store(score_ptrs, fresh, mask=inside)
+
+
+@triton.jit
+def _count_skipped(skipped_ptr, layer, bad):
+    """Add to the layer's count; integers commute, so the order of programs does not show."""
+    count = tl.sum(bad)
+    if count > 0:
+        tl.atomic_add(skipped_ptr + layer, count.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _small_units_kernel(
+    skipped_ptr,  # [T] int64
+    table_ptr,  # [T, FIELDS]: first tile, layer, score, w, g, R, C, score strides, w strides, g strides, n, m
+    owners_ptr,  # [tiles]
+    alpha,
+    beta,
+    W_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    FORM: tl.constexpr,
+    REDUCE: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
+    layer = tl.load(row_ptr + 1)
+    score_ptr = load_pointer(row_ptr + 2, tl.float32, ALIGNED)
+    w_ptr = load_pointer(row_ptr + 3, W_TYPE, ALIGNED)
+    g_ptr = load_pointer(row_ptr + 4, G_TYPE, ALIGNED)
+    n_rows = tl.load(row_ptr + 5).to(tl.int32)
+    n_cols = tl.load(row_ptr + 6).to(tl.int32)
+    score_stride_r = load_size(row_ptr + 7, ALIGNED and not TRANSPOSED)
+    score_stride_c = load_stride(row_ptr + 8, ALIGNED and not TRANSPOSED)
+    w_stride_r = load_size(row_ptr + 9, ALIGNED)
+    w_stride_c = load_stride(row_ptr + 10, ALIGNED)
+    g_stride_r = load_size(row_ptr + 11, ALIGNED)
+    g_stride_c = load_stride(row_ptr + 12, ALIGNED)
+    rows, cols, inside = walk_grid(tile, tl.cdiv(n_rows, N), tl.cdiv(n_cols, M), BLOCK, ALIGNED)
+
+    value = tl.zeros([BLOCK], tl.float32)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for k in tl.static_range(N * M):
+        # Row-major in the layer's own orientation, whatever the kernel's is.
+        i = k % N if TRANSPOSED else k // M
+        j = k // N if TRANSPOSED else k % M
+        r = rows * N + i
+        c = cols * M + j
+        within = inside
+        if N > 1:
+            within = within & (r < n_rows)
+        if M > 1:
+            within = within & (c < n_cols)
+        w_ptrs = w_ptr + at(r, c, w_stride_r, w_stride_c)
+        g_ptrs = g_ptr + at(r, c, g_stride_r, g_stride_c)
+        f, f_bad = _element_scores(w_ptrs, g_ptrs, within, FORM)
+        bad += f_bad
+        if REDUCE == "max":
+            # f >= 0: its bits are ordered as its values are, with NaN above all.
+            value = tl.maximum(value.to(tl.int32, bitcast=True), f.to(tl.int32, bitcast=True))
+            value = value.to(tl.float32, bitcast=True)
+        else:
+            value += f
+
+    size = tl.minimum(n_rows - rows * N, N) * tl.minimum(n_cols - cols * M, M)
+    score_ptrs = score_ptr + at(rows, cols, score_stride_r, score_stride_c)
+    _fold(score_ptrs, inside, value, size, alpha, beta, REDUCE, HAS_STATE)
+    if FORM != "magnitude":
+        _count_skipped(skipped_ptr, layer, bad)
+
+
+@triton.jit
+def _large_units_kernel(
+    skipped_ptr,  # [T] int64
+    table_ptr,  # [T, FIELDS]: as above
+    owners_ptr,  # [tiles]
+    alpha,
+    beta,
+    W_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    FORM: tl.constexpr,
+    REDUCE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    ONE_COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
+    layer = tl.load(row_ptr + 1)
+    score_ptr = load_pointer(row_ptr + 2, tl.float32, ALIGNED)
+    w_ptr = load_pointer(row_ptr + 3, W_TYPE, ALIGNED)
+    g_ptr = load_pointer(row_ptr + 4, G_TYPE, ALIGNED)
+    n_rows = tl.load(row_ptr + 5).to(tl.int32)
+    n_cols = load_size(row_ptr + 6, ALIGNED).to(tl.int32)
+    score_stride_r = tl.load(row_ptr + 7)
+    score_stride_c = tl.load(row_ptr + 8)
+    w_stride_r = load_size(row_ptr + 9, ALIGNED)
+    w_stride_c = load_stride(row_ptr + 10, ALIGNED)
+    g_stride_r = load_size(row_ptr + 11, ALIGNED)
+    g_stride_c = load_stride(row_ptr + 12, ALIGNED)
+    n = tl.load(row_ptr + 13).to(tl.int32)
+    m = load_size(row_ptr + 14, ALIGNED and not ONE_COLUMN).to(tl.int32)
+    unit_cols = n_cols if ONE_COLUMN else tl.cdiv(n_cols, m)
+    rows, cols, inside = walk_grid(tile, tl.cdiv(n_rows, n), unit_cols, BLOCK_U, ALIGNED and ONE_COLUMN)
+    elements = n if ONE_COLUMN else n * m
+
+    value = tl.zeros([BLOCK_U, BLOCK_E], tl.float32)
+    bad = tl.zeros([BLOCK_U, BLOCK_E], tl.int32)
+    for start in range(0, elements, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)[None, :]  # [1, BLOCK_E]
+        if ONE_COLUMN:
+            r = rows[:, None] * n + e  # [BLOCK_U, BLOCK_E]
+            c = cols[:, None]  # [BLOCK_U, 1]
+        else:
+            r = rows[:, None] * n + e // m  # [BLOCK_U, BLOCK_E]
+            c = cols[:, None] * m + e % m  # [BLOCK_U, BLOCK_E]
+        within = inside[:, None] & (e < elements) & (r < n_rows) & (c < n_cols)
+        w_ptrs = w_ptr + at(r, c, w_stride_r, w_stride_c)
+        g_ptrs = g_ptr + at(r, c, g_stride_r, g_stride_c)
+        f, f_bad = _element_scores(w_ptrs, g_ptrs, within, FORM)
+        bad += f_bad
+        if REDUCE == "max":
+            value = tl.maximum(value.to(tl.int32, bitcast=True), f.to(tl.int32, bitcast=True))
+            value = value.to(tl.float32, bitcast=True)
+        else:
+            value += f
+
+    if REDUCE == "max":
+        reduced = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)  # [BLOCK_U]
+    else:
+        reduced = tl.sum(value, 1)  # [BLOCK_U]
+    size = tl.minimum(n_rows - rows * n, n) * tl.minimum(n_cols - cols * m, m)
+    score_ptrs = score_ptr + at(rows, cols, score_stride_r, score_stride_c)
+    _fold(score_ptrs, inside, reduced, size, alpha, beta, REDUCE, HAS_STATE)
+    if FORM != "magnitude":
+        _count_skipped(skipped_ptr, layer, bad)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer in the kernel's orientation: columns are adjacent in memory where they can be."""
+
+    index: int
+    score: Tensor  # [rows, cols]
+    weight: Tensor  # [R, C]
+    gradient: Tensor  # [R, C]; the weight again if no gradient is read
+    block: Block
+    transposed: bool
+
+    @property
+    def positions(self) -> int:
+        return self.score.numel()
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        return (
+            self.index,
+            self.score.data_ptr(),
+            self.weight.data_ptr(),
+            self.gradient.data_ptr(),
+            *self.weight.shape,
+            *self.score.stride(),
+            *self.weight.stride(),
+            *self.gradient.stride(),
+            *self.block,
+        )
+
+    @property
+    def variant(self) -> tuple[object, ...]:
+        """What a launch has in common."""
+        n, m = self.block
+        shared = (TYPES[self.weight.dtype], TYPES[self.gradient.dtype], self._aligned)
+        if n * m <= SMALL_UNIT:
+            return (*shared, "small", n, m, self.transposed)
+        return (*shared, "large", m == 1, n * m <= 256)
+
+    @property
+    def _aligned(self) -> bool:
+        m = self.block[1]
+        adjacent = self.weight.stride(1) == 1 and self.gradient.stride(1) == 1
+        small = self.block[0] * m <= SMALL_UNIT
+        width = self.score.shape[1] if small else self.weight.shape[1]
+        return adjacent and multi_tensor.is_aligned(
+            self.score.data_ptr(),
+            self.weight.data_ptr(),
+            self.gradient.data_ptr(),
+            self.weight.stride(0),
+            self.gradient.stride(0),
+            width,
+            *(() if small or m == 1 else (m,)),
+        )
+
+
+def accumulate_unit_scores_(
+    scores: Sequence[Tensor],
+    skipped: Tensor,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    blocks: Sequence[Block],
+    *,
+    form: Form,
+    reduce: Reduce,
+    alpha: float,
+    beta: float,
+) -> None:
+    """See :func:`tritprune.kernels.reference.accumulate_unit_scores_`; one launch per kind of layer."""
+    read = weights if gradients is None or form == "magnitude" else gradients
+    layers = [
+        _oriented(index, *layer) for index, layer in enumerate(zip(scores, weights, read, blocks, strict=True))
+    ]
+    shared = {"FORM": form, "REDUCE": reduce, "HAS_STATE": alpha != 0}
+    for variant, members in multi_tensor.group_by(layers, lambda layer: layer.variant).items():
+        w_type, g_type, aligned, kind, *rest = variant
+        shape = _small_shape(*rest) if kind == "small" else _large_shape(*rest)
+        block = shape["BLOCK"] if kind == "small" else shape["BLOCK_U"]
+        table, owners, tiles = multi_tensor.tables(
+            [layer.fields for layer in members], [layer.positions for layer in members], block, skipped.device
+        )
+        multi_tensor.launch(
+            _small_units_kernel if kind == "small" else _large_units_kernel,
+            tiles,
+            skipped,
+            table,
+            owners,
+            float(alpha),
+            float(beta),
+            W_TYPE=w_type,
+            G_TYPE=g_type,
+            ALIGNED=aligned,
+            **shared,
+            **shape,
+        )
+
+
+def _oriented(index: int, score: Tensor, weight: Tensor, gradient: Tensor, block: Block) -> _Layer:
+    if weight.stride(0) < weight.stride(1):
+        return _Layer(index, score.t(), weight.t(), gradient.t(), (block[1], block[0]), True)
+    return _Layer(index, score, weight, gradient, block, False)
+
+
+def _small_shape(n: int, m: int, transposed: bool) -> dict[str, int | bool]:
+    """Four units a thread, or two of the larger ones: all loads of a unit are in flight at once, in registers."""
+    return {"N": n, "M": m, "TRANSPOSED": transposed, "BLOCK": 512 if n * m <= 4 else 256}
+
+
+def _large_shape(one_column: bool, medium: bool) -> dict[str, int | bool]:
+    """Tiles of 1024 elements: wide across units that are columns, else along the unit."""
+    block_u, block_e = (32, 32) if one_column else (4, 256) if medium else (1, 1024)
+    return {"ONE_COLUMN": one_column, "BLOCK_U": block_u, "BLOCK_E": block_e}

@@ -1,0 +1,63 @@
+"""Kept and changed units of each layer: both masks are read once, 2 bytes a unit.
+
+kept_t = sum mask,    changed_t = sum mask xor previous
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritprune.kernels.triton import multi_tensor
+from tritprune.kernels.triton.multi_tensor import find_tile, load_pointer, load_size
+
+FIELDS = tl.constexpr(5)
+_BLOCK = 2048
+
+
+@triton.jit
+def _statistics_kernel(
+    counts_ptr,  # [T, 2] int64: kept, changed
+    table_ptr,  # [T, FIELDS]: first tile, layer, mask, previous mask, units
+    owners_ptr,  # [tiles]
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
+    layer = tl.load(row_ptr + 1)
+    mask_ptr = load_pointer(row_ptr + 2, tl.int8, ALIGNED)
+    previous_ptr = load_pointer(row_ptr + 3, tl.int8, ALIGNED)
+    n_units = load_size(row_ptr + 4, ALIGNED)
+    unit = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    inside = unit < n_units
+    keep = tl.load(mask_ptr + unit, mask=inside, other=0)
+    kept_before = tl.load(previous_ptr + unit, mask=inside, other=0)
+    tl.atomic_add(counts_ptr + 2 * layer, tl.sum(keep.to(tl.int32)).to(tl.int64), sem="relaxed")
+    changed = tl.sum((keep != kept_before).to(tl.int32))
+    tl.atomic_add(counts_ptr + 2 * layer + 1, changed.to(tl.int64), sem="relaxed")
+
+
+def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
+    """See :func:`tritprune.kernels.reference.mask_statistics`; at most one launch for aligned masks, one for others."""
+    device = masks[0].device if masks else torch.device("cpu")
+    counts = torch.zeros(len(masks), 2, dtype=torch.int64, device=device)
+    layers = [
+        (index, mask.contiguous(), old.contiguous())
+        for index, (mask, old) in enumerate(zip(masks, previous, strict=True))
+    ]
+    for aligned, members in multi_tensor.group_by(layers, lambda layer: _aligned(*layer)).items():
+        table, owners, tiles = multi_tensor.tables(
+            [(index, mask.data_ptr(), old.data_ptr(), mask.numel()) for index, mask, old in members],
+            [mask.numel() for _, mask, _ in members],
+            _BLOCK,
+            device,
+        )
+        multi_tensor.launch(_statistics_kernel, tiles, counts, table, owners, ALIGNED=aligned, BLOCK=_BLOCK)
+    return counts
+
+
+def _aligned(index: int, mask: Tensor, previous: Tensor) -> bool:
+    del index
+    return multi_tensor.is_aligned(mask.data_ptr(), previous.data_ptr(), mask.numel())

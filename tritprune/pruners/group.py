@@ -1,0 +1,331 @@
+"""One layer group while it is pruned: its scores, its masks, and what a mask update would be."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritprune.criteria import get_criterion
+from tritprune.errors import ConfigError
+from tritprune.kernels import UnitGrid
+from tritprune.patterns import Block, Site, WeightView, get_pattern, set_reduction
+from tritprune.pruners.layers import Exclusion
+from tritprune.pruners.masks import apply_to_tensors_, apply_to_weights_
+from tritprune.pruners.reports import LayerCount, measure, read_counts
+from tritprune.pruners.settings import GroupSettings
+from tritprune.schedules import get_schedule
+from tritprune.selection import Demand, at_least, check_feasible, count_non_finite, exact_budget, select
+
+_SAMPLED_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New masks of a group, on its device, not yet in force.
+
+    Args:
+        keep: units that stay, per site.
+        masks: per site, one mask per view.
+        numbers: everything that the host wants to know, int64 ``[k]``: :func:`measure`'s counts, then the non-finite
+            scores of each site, then the gradient elements skipped since the last update.
+    """
+
+    keep: list[Tensor]
+    masks: list[list[Tensor]]
+    numbers: Tensor
+
+
+class LayerGroup:
+    """A group of layers with one criterion, pattern, schedule and budget.
+
+    Args:
+        settings: what the user set.
+        views: the layers.
+        model: for patterns that look at how layers belong together.
+        seed: for criteria that draw random numbers.
+
+    Raises:
+        ConfigError: settings that do not fit the layers or each other.
+        BudgetError: floors or caps that contradict the target.
+    """
+
+    def __init__(self, settings: GroupSettings, views: list[WeightView], model: nn.Module, seed: int) -> None:
+        self.settings, self.name, self.times, self._seed = settings, settings.name, settings.times, seed
+        self.criterion = get_criterion(settings.criterion)
+        self.schedule = get_schedule(settings.schedule)
+        self.pattern = get_pattern(settings.pattern)
+        set_reduction(self.pattern, settings.reduce)
+        self.sites = self.pattern.sites(views, model)
+        self.views = [view for site in self.sites for view in site.views]
+        used = {view.name for view in self.views}
+        self.excluded = [
+            Exclusion(view.name, f"pattern {self.pattern.label} has no unit in it") for view in views if view.name not in used
+        ]
+        if not self.sites:
+            raise ConfigError(
+                f"pattern {self.pattern.label} has no unit in any layer of group '{self.name}': "
+                + ", ".join(f"{view.name} [{view.shape[0]}, {view.shape[1]}]" for view in views[:5])
+            )
+        self.elements = sum(site.elements for site in self.sites)
+        self._check_settings()
+        self.masks = [
+            [
+                torch.ones(_grid(view, block).shape, dtype=torch.bool, device=view.parameter.device)
+                for view, block in zip(site.views, site.blocks, strict=True)
+            ]
+            for site in self.sites
+        ]
+        self.scores: list[list[Tensor]] | None = None
+        self.prunes = False
+        self.without_gradient: set[str] = set()
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.views[0].parameter.device
+
+    @property
+    def blocks(self) -> list[Block]:
+        """``(n, m)`` of every view."""
+        return [block for site in self.sites for block in site.blocks]
+
+    @property
+    def flat_masks(self) -> list[Tensor]:
+        """The mask of every view."""
+        return [mask for masks in self.masks for mask in masks]
+
+    def target_at(self, step: int) -> float:
+        """The sparsity that the last prune step at or before ``step`` asks for; 0 before the first."""
+        latest = self.times.latest(step)
+        if latest is None:
+            return 0.0
+        if latest >= self.times.last:
+            return self.settings.target_sparsity
+        value = self.schedule.sparsity(
+            self.times.progress(latest), self.settings.initial_sparsity, self.settings.target_sparsity
+        )
+        return min(value, self.settings.target_sparsity)
+
+    def scores_due(self, step: int) -> bool:
+        """Whether the optimizer step that makes ``step`` steps feeds the scores."""
+        if step > self.times.last:
+            return False
+        return self.criterion.every_step or self.times.due(step)
+
+    def update_scores_(self, gradient_scale: Tensor | None = None) -> None:
+        """Fold the present weights and gradients into the scores.
+
+        Args:
+            gradient_scale: what the gradients were multiplied by; None: nothing.
+        """
+        if self.scores is None:
+            self.scores = [
+                [
+                    self.criterion.initial_scores(view.name, _grid(view, block), self.device, self._seed)
+                    for view, block in zip(site.views, site.blocks, strict=True)
+                ]
+                for site in self.sites
+            ]
+        flat = [score for scores in self.scores for score in scores]
+        needs = self.criterion.needs_gradient
+        present = [i for i, view in enumerate(self.views) if not needs or view.parameter.grad is not None]
+        self.without_gradient = {view.name for i, view in enumerate(self.views) if i not in set(present)}
+        if not present:
+            return
+        gradients = [self._gradient(self.views[i], gradient_scale) for i in present] if needs else None
+        skipped = torch.zeros(len(present), dtype=torch.int64, device=self.device)
+        self.criterion.accumulate_(
+            [flat[i] for i in present],
+            skipped,
+            [self.views[i].to_2d(self.views[i].parameter.detach()) for i in present],
+            gradients,
+            [self.blocks[i] for i in present],
+            self.pattern.reduce,
+        )
+        self._skipped += skipped.sum()
+
+    def propose(self, step: int) -> Proposal:
+        """The masks that the schedule, the budget and the scores of ``step`` ask for. Nothing is read back."""
+        assert self.scores is not None
+        regrow = self.settings.regrow
+        known = [[torch.ones_like(mask) for mask in masks] for masks in self.masks] if regrow else self.masks
+        unit_scores = [
+            self.pattern.unit_scores(site, scores, masks)
+            for site, scores, masks in zip(self.sites, self.scores, known, strict=True)
+        ]
+        before = [self.pattern.kept_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
+        keep = self._select(step, unit_scores, [~kept for kept in before] if self.prunes and not regrow else None)
+        masks = [
+            self.pattern.layer_masks(site, kept, scores, old)
+            for site, kept, scores, old in zip(self.sites, keep, self.scores, known, strict=True)
+        ]
+        counts = measure(self.sites, keep, before, masks)
+        numbers = torch.cat([counts.flatten(), count_non_finite(unit_scores), self._skipped.view(1)])
+        return Proposal(keep, masks, numbers)
+
+    def non_finite(self, numbers: list[int]) -> list[int]:
+        """The part of a proposal's numbers that counts non-finite scores per site."""
+        return numbers[-1 - len(self.sites) : -1]
+
+    def commit(self, proposal: Proposal, numbers: list[int]) -> tuple[dict[str, LayerCount], int, int]:
+        """Put a proposal in force.
+
+        Args:
+            proposal: the new masks.
+            numbers: its numbers on the host.
+
+        Returns:
+            counts by layer, changed units, gradient elements skipped since the last update.
+        """
+        rows = list(zip(*[iter(numbers[: -1 - len(self.sites)])] * 2, strict=True))
+        counts = read_counts(self.sites, proposal.masks, proposal.keep, rows)
+        self.masks = proposal.masks
+        self.prunes = any(count.zeros for count in counts.values())
+        self._skipped.zero_()
+        return counts, sum(changed for _, changed in rows[: len(self.sites)]), numbers[-1]
+
+    def forget_scores(self) -> None:
+        """Free the scores: after the last prune step nothing asks for them."""
+        self.scores = None
+
+    def apply_(self) -> None:
+        """Zero what is pruned, in place."""
+        if self.prunes:
+            apply_to_weights_(self.views, self.flat_masks, self.blocks)
+
+    def reset_state_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the optimizer's state (momentum) of what is pruned, in place."""
+        if not (self.prunes and self.settings.reset_state):
+            return
+        for view, mask, block in zip(self.views, self.flat_masks, self.blocks, strict=True):
+            weight = view.parameter
+            state = optimizer.state.get(weight, {}).values()
+            tensors = [t for t in state if isinstance(t, Tensor) and t.shape == weight.shape and t.is_floating_point()]
+            apply_to_tensors_([view] * len(tensors), tensors, [mask] * len(tensors), [block] * len(tensors))
+
+    def follow_device(self) -> None:
+        """Bring masks and scores to where the weights are now.
+
+        Raises:
+            ConfigError: the group's weights are on several devices.
+        """
+        devices = {view.parameter.device for view in self.views}
+        if len(devices) > 1:
+            raise ConfigError(
+                f"layers of group '{self.name}' are on several devices ({', '.join(sorted(map(str, devices)))}); "
+                "make one group per device"
+            )
+        if self._skipped.device != self.device:
+            self.masks = [[mask.to(self.device) for mask in masks] for masks in self.masks]
+            if self.scores is not None:
+                self.scores = [[score.to(self.device) for score in scores] for scores in self.scores]
+            self._skipped = self._skipped.to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, criterion state and counters: tensors and plain Python only."""
+        scores = {}
+        if self.scores is not None:
+            flat = (score for scores in self.scores for score in scores)
+            scores = {view.name: score.clone() for view, score in zip(self.views, flat, strict=True)}
+        return {"scores": scores, "criterion": self.criterion.state_dict(), "skipped": int(self._skipped)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave; masks come from the pruner."""
+        self.criterion.load_state_dict(state["criterion"])
+        self._skipped.fill_(state["skipped"])
+        scores = state["scores"]
+        self.scores = (
+            [[scores[view.name].to(self.device, copy=True) for view in site.views] for site in self.sites]
+            if scores
+            else None
+        )
+
+    def _select(self, step: int, scores: list[Tensor], pruned: list[Tensor] | None) -> list[Tensor]:
+        target = self.target_at(step)
+        floors = [self._floor(site, target, last=step >= self.times.last) for site in self.sites]
+        caps = [self._cap(site) for site in self.sites]
+        for i, site in enumerate(self.sites):
+            if any(view.name in self.without_gradient for view in site.views):
+                floors[i], caps[i] = None, 0
+        grids = [site.grid for site in self.sites]
+        if self.settings.scope == "global":
+            budget = exact_budget(target, self.elements)
+            return select(scores, grids, budget, pruned=pruned, floors=floors, caps=caps, check=False)
+        return [
+            select(
+                [scores[i]],
+                [grids[i]],
+                exact_budget(target, site.elements),
+                pruned=None if pruned is None else [pruned[i]],
+                floors=[floors[i]],
+                caps=[caps[i]],
+                check=False,
+            )[0]
+            for i, site in enumerate(self.sites)
+        ]
+
+    def _floor(self, site: Site, target: float, *, last: bool) -> int | None:
+        """The floor in elements. It grows with the schedule, rounded down to whole units until the last prune step."""
+        share = self.settings.min_layer_sparsity
+        if not share:
+            return None
+        if last:
+            return at_least(share, site.elements)
+        growing = exact_budget(share * target / self.settings.target_sparsity, site.elements)
+        return max(0, growing - (_largest_unit(site) - 1)) or None
+
+    def _cap(self, site: Site) -> int | None:
+        share = self.settings.max_layer_sparsity
+        return None if share >= 1 else exact_budget(share, site.elements)
+
+    def _check_settings(self) -> None:
+        settings = self.settings
+        if settings.target_sparsity > self.pattern.max_sparsity:
+            raise ConfigError(
+                f"target_sparsity={settings.target_sparsity:g} is above {self.pattern.max_sparsity:g}, "
+                f"the most that pattern {self.pattern.label} can prune"
+            )
+        first, last = self.times.start, self.times.last
+        if first == 0 and self.criterion.needs_gradient and self.target_at(0) > 0:
+            raise ConfigError(
+                f"a prune step at step 0 (start_step=0, sparsity {self.target_at(0):g}) has no gradient yet, and criterion "
+                f"{type(self.criterion).__name__} needs one; start at step 1, or begin with initial_sparsity=0"
+            )
+        stride = max(1, (last - first) // _SAMPLED_STEPS)
+        for step in range(first, last + 1, stride):
+            value = self.schedule.sparsity(
+                self.times.progress(step), settings.initial_sparsity, settings.target_sparsity
+            )
+            if not 0 <= value <= settings.target_sparsity + 1e-9:
+                raise ConfigError(
+                    f"schedule {type(self.schedule).__name__} asks for sparsity {value:g} at step {step}; "
+                    f"it must stay between 0 and target_sparsity={settings.target_sparsity:g}"
+                )
+        demands = [
+            Demand(site.name, site.elements, site.grid, self._floor(site, settings.target_sparsity, last=True), self._cap(site))
+            for site in self.sites
+        ]
+        competing = [demands] if settings.scope == "global" else [[demand] for demand in demands]
+        for rivals in competing:
+            budget = exact_budget(settings.target_sparsity, sum(demand.elements for demand in rivals))
+            check_feasible(rivals, budget, settings.target_sparsity)
+
+    def _gradient(self, view: WeightView, scale: Tensor | None) -> Tensor:
+        gradient = view.parameter.grad
+        assert gradient is not None
+        gradient = view.to_2d(gradient.detach())
+        return gradient if scale is None else gradient / scale.to(gradient.device)
+
+
+def _grid(view: WeightView, block: Block) -> UnitGrid:
+    return UnitGrid.of_blocks(view.shape, block)
+
+
+def _largest_unit(site: Site) -> int:
+    grid = site.grid
+    height = grid.row_size if grid.rows > 1 else grid.last_row_size
+    width = grid.col_size if grid.cols > 1 else grid.last_col_size
+    return height * width

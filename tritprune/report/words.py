@@ -1,0 +1,223 @@
+"""Numbers and sentences: the same in the terminal, on the page and in tables of a sweep."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tritprune.report.records import (
+    Result,
+    final_row,
+    items,
+    metric_of,
+    names,
+    number,
+    part,
+    primary_metric,
+    row_of,
+)
+
+MISSING = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def count(value: Any) -> str:
+    """22713216 -> "22.7M"."""
+    size = number(value)
+    if size is None:
+        return MISSING
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(size) >= scale:
+            return f"{size / scale:.1f}{unit}"
+    return f"{size:.0f}"
+
+
+def digits(value: Any) -> str:
+    """22713216 -> "22,713,216"."""
+    size = number(value)
+    return MISSING if size is None else f"{size:,.0f}"
+
+
+def size_on_disk(value: Any) -> str:
+    """90868376 -> "90.9 MB" (decimal units)."""
+    size = number(value)
+    if size is None:
+        return MISSING
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size:.0f} B"
+
+
+def percent(value: Any, places: int = 1) -> str:
+    """0.9 -> "90.0%"."""
+    share = number(value)
+    return MISSING if share is None else f"{100 * share:.{places}f}%"
+
+
+def short_percent(value: float) -> str:
+    """0.9 -> "90%", 0.875 -> "87.5%"."""
+    return f"{100 * value:.1f}".removesuffix(".0") + "%"
+
+
+def decimal(value: Any, places: int = 3) -> str:
+    """A metric with a fixed number of decimals."""
+    amount = number(value)
+    return MISSING if amount is None else f"{amount:.{places}f}"
+
+
+def three(value: Any) -> str:
+    """A measured time with three significant digits: 4.31, 43.1, 431."""
+    amount = number(value)
+    if amount is None:
+        return MISSING
+    places = 2 if abs(amount) < 10 else 1 if abs(amount) < 100 else 0
+    return f"{amount:,.{places}f}"
+
+
+def signed(value: float, places: int = 1) -> str:
+    """-4.04 -> "−4.0", with a minus sign that is as wide as the plus."""
+    text = f"{value:+.{places}f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
+
+
+def duration(seconds: Any) -> str:
+    """452.3 -> "7 min 32 s"."""
+    amount = number(seconds)
+    if amount is None:
+        return MISSING
+    if amount < 60:
+        return f"{amount:.1f} s" if amount < 10 else f"{amount:.0f} s"
+    minutes, rest = divmod(round(amount), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def sparsity(row: Mapping[str, Any] | None, of: str = "prunable") -> tuple[int, int] | None:
+    """(zeros, total) of a row in one denominator: "prunable", "linear_conv" or "parameters"."""
+    zeros, total = (number(part(row, "sparsity", of, key)) for key in ("zeros", "total"))
+    return (int(zeros), int(total)) if zeros is not None and total else None
+
+
+def share(zeros_total: tuple[int, int] | None) -> float | None:
+    """Zeros / total."""
+    return None if zeros_total is None else zeros_total[0] / zeros_total[1]
+
+
+def pattern_label(result: Result) -> str:
+    """What was pruned, as the config would say it: "4x1", "2:4", "4x1 + channelx1"."""
+    labels: dict[str, None] = {}
+    for layer in items(result, "layers"):
+        pattern, unit = str(layer.get("pattern") or ""), str(layer.get("unit") or "")
+        spelled = re.fullmatch(r"\w+x\w+|\d+:\d+|heads", pattern) is not None
+        labels[pattern if spelled or not unit else unit] = None
+    return " + ".join(filter(None, labels)) or str(result.get("name") or "the model")
+
+
+def latency(row: Mapping[str, Any] | None, batch: str) -> tuple[float, float, float] | None:
+    """(median, p10, p90) in milliseconds of a row at one batch size."""
+    found = [number(part(row, "latency", batch, key)) for key in ("median_ms", "p10_ms", "p90_ms")]
+    if found[0] is None:
+        return None
+    return found[0], found[0] if found[1] is None else found[1], found[0] if found[2] is None else found[2]
+
+
+def batches(result: Result) -> list[str]:
+    """The batch sizes that were timed, ascending; 1 and 32 if nothing was."""
+    found = {batch for row in items(result, "rows") for batch in names(row, "latency")}
+    return sorted(found, key=lambda batch: (not batch.isdigit(), int(batch) if batch.isdigit() else 0, batch)) or [
+        "1",
+        "32",
+    ]
+
+
+def speed(result: Result, batch: str) -> tuple[float, str] | None:
+    """How the slim (else pruned) model's latency compares with the dense one's at ``batch``.
+
+    Returns:
+        Median dense / median final, and "faster", "slower" or "as fast": a difference counts only where each median
+        lies outside the other's p10-p90. None where one of the two was not timed.
+    """
+    before, after = latency(row_of(result, "dense"), batch), latency(final_row(result), batch)
+    if before is None or after is None or not after[0] > 0:
+        return None
+    factor = before[0] / after[0]
+    apart = not (before[1] <= after[0] <= before[2]) and not (after[1] <= before[0] <= after[2])
+    return factor, ("faster" if factor > 1 else "slower") if apart else "as fast"
+
+
+def difference(result: Result, row: Mapping[str, Any] | None) -> str:
+    """The primary metric against dense: "−4.0 points", or "" for the dense row and where one is missing."""
+    before, after = metric_of(result, row_of(result, "dense")), metric_of(result, row)
+    if before is None or after is None or row is None or row.get("model") == "dense":
+        return ""
+    return f"{signed(100 * (after - before))} points"
+
+
+def verdict(result: Result) -> str:
+    """What came out, in plain sentences computed from the numbers and from nothing else."""
+    metric = primary_metric(result).replace("_", " ")
+    dense, final = row_of(result, "dense"), final_row(result)
+    before, after = metric_of(result, dense), metric_of(result, final)
+    if after is None:
+        if before is None:
+            return "Nothing was measured before the run ended."
+        return f"Dense {metric} {decimal(before)}; the run ended before a pruned model was measured."
+    at = share(sparsity(row_of(result, "pruned") or final))
+    head = f"{pattern_label(result)} at {short_percent(at)}" if at is not None else pattern_label(result)
+    sentences = [f"{head}: {metric} {decimal(after)}"]
+    if before is not None:
+        sentences[0] += f" against {decimal(before)} dense ({difference(result, final)})"
+    sentences.append(_size_and_speed(result))
+    if part(result, "slim", "certificate", "holds") is False:
+        sentences.append("But its outputs differ from the pruned model's: do not use it")
+    control = metric_of(result, row_of(result, "random control"))
+    if control is not None:
+        sentences.append(f"Random masks at the same budget reach {decimal(control)}")
+    return " ".join(f"{sentence}." for sentence in sentences if sentence)
+
+
+def _size_and_speed(result: Result) -> str:
+    slim = row_of(result, "slim")
+    if slim is None:
+        return "The zeros are stored like any weight: without slimming the model is neither smaller nor faster"
+    before, after = number(part(row_of(result, "dense"), "parameters")), number(slim.get("parameters"))
+    size = ""
+    if before and after is not None:
+        size = (
+            f"has {count(after)} of {count(before)} parameters"
+            if after < before
+            else f"is no smaller ({count(after)} parameters)"
+        )
+    rates = {batch: rate for batch in batches(result) if (rate := speed(result, batch)) is not None}
+    pace = join(_speed_words(rates))
+    rest = " and ".join(filter(None, (size, f"is {pace}" if pace else "")))
+    return f"The slim model {rest}" if rest else ""
+
+
+def _speed_words(rates: Mapping[str, tuple[float, str]]) -> list[str]:
+    words: list[str] = []
+    last = ""
+    for batch, (factor, kind) in rates.items():
+        if kind == "as fast":
+            text = f"as fast as dense within the spread ({factor:.2f}x)"
+        elif kind == "faster":
+            text = f"{factor:.2f}x" + ("" if last == kind else " faster")
+        else:
+            text = f"slower here ({factor:.2f}x)" if last != kind else f"{factor:.2f}x"
+        words.append(f"{text} at batch {batch}")
+        last = kind
+    return words
+
+
+def join(words: Sequence[str]) -> str:
+    """["a", "b", "c"] -> "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def sampling_note(result: Result) -> str:
+    """How far chance alone moves the metric on this much data, so that a small difference is not over-read."""
+    examples, value = number(part(result, "data", "n_eval")), metric_of(result, row_of(result, "dense"))
+    if primary_metric(result) != "accuracy" or not examples or value is None or not 0 <= value <= 1:
+        return ""
+    error = 100 * (value * (1 - value) / examples) ** 0.5
+    return f"{digits(examples)} held-out examples: the standard error of one accuracy is about {error:.1f} points"

@@ -1,0 +1,216 @@
+"""Which units go: unit scores and a budget of elements -> unit masks, exactly.
+
+The order in which units go is: score ascending; among equals the higher (layer, row-major index) first. What goes is
+the longest prefix of that order whose elements do not exceed the budget. Caps and floors per layer are hard: units past
+a layer's cap leave the order, units that a floor demands move to its front; the budget that this displaces is spent in
+the same order on the other layers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from tritprune.errors import BudgetError, NonFiniteScoreError
+from tritprune.kernels import UnitGrid, kth_score, masks_from_threshold
+
+
+def exact_budget(sparsity: float, elements: int) -> int:
+    """The most elements that ``sparsity`` allows: ``floor(sparsity * elements)`` in exact decimal arithmetic.
+
+    ``exact_budget(0.29, 100)`` is 29, where ``int(0.29 * 100)`` is 28.
+
+    Args:
+        sparsity: fraction of zeros; the shortest decimal that gives this float is meant.
+        elements: how many there are.
+    """
+    return math.floor(Fraction(str(float(sparsity))) * elements)
+
+
+def at_least(sparsity: float, elements: int) -> int:
+    """The fewest elements that reach ``sparsity``: ``ceil(sparsity * elements)`` in exact decimal arithmetic."""
+    return math.ceil(Fraction(str(float(sparsity))) * elements)
+
+
+def select(
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    budget: int,
+    *,
+    pruned: Sequence[Tensor] | None = None,
+    floors: Sequence[int | None] | None = None,
+    caps: Sequence[int | None] | None = None,
+    check: bool = True,
+) -> list[Tensor]:
+    """Which units stay.
+
+    Args:
+        scores: fp32, finite, one per layer, of the shape of its grid; high = keep.
+        grids: unit sizes in elements.
+        budget: elements that may be pruned over all layers.
+        pruned: bool per layer, units that have gone already; they go first, whatever budget and caps say.
+        floors: elements that at least go per layer, by the fewest units that reach them; None: no floor.
+        caps: elements that at most go per layer; None: no cap.
+        check: refuse non-finite scores (which reads one number back); without it the caller has checked.
+
+    Returns:
+        bool per layer, of the shape of its grid, True = keep. On the scores' device, without a host read.
+
+    Raises:
+        NonFiniteScoreError: a score is NaN or infinite.
+    """
+    if check:
+        refuse_non_finite(count_non_finite(scores).tolist(), [f"layer {i}" for i in range(len(scores))])
+    order = [score.float() for score in scores]
+    if pruned is not None:
+        order = [score.masked_fill(gone, -math.inf) for score, gone in zip(order, pruned, strict=True)]
+    for layer, grid in enumerate(grids):
+        floor, cap = floors[layer] if floors else None, caps[layer] if caps else None
+        if grid.units and (floor or (cap is not None and cap < grid.elements)):
+            order[layer] = _bounded(order[layer], grid, floor, cap)
+    forced = pruned is not None or floors is not None
+    masks = _longest_prefix(order, grids, budget)
+    return [mask & (score != -math.inf) for mask, score in zip(masks, order, strict=True)] if forced else masks
+
+
+def count_non_finite(scores: Sequence[Tensor]) -> Tensor:
+    """NaNs and infinities of every layer, on its device: int64 ``[T]``."""
+    if not scores:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.stack([(~torch.isfinite(score)).sum() for score in scores])
+
+
+def refuse_non_finite(counts: Sequence[int], names: Sequence[str], step: int | None = None) -> None:
+    """Raise where :func:`count_non_finite` found something.
+
+    Raises:
+        NonFiniteScoreError: the message names layer, number of units and step.
+    """
+    bad = [f"{name} ({count} units)" for name, count in zip(names, counts, strict=True) if count]
+    if bad:
+        where = "" if step is None else f" at step {step}"
+        raise NonFiniteScoreError(
+            f"scores are NaN or infinite{where} although their gradients were finite or not used: {', '.join(bad[:5])}"
+            + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            + "; a weight is not finite, or a product of weight and gradient overflows fp32"
+        )
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked of one layer, for :func:`check_feasible`.
+
+    Args:
+        name: of the layer.
+        elements: the denominator of its sparsity.
+        grid: its units.
+        floor: elements that at least go; None: no floor.
+        cap: elements that at most go; None: no cap.
+    """
+
+    name: str
+    elements: int
+    grid: UnitGrid
+    floor: int | None = None
+    cap: int | None = None
+
+    @property
+    def least(self) -> int:
+        """The fewest elements that whole units can prune and reach the floor (with ragged units: at least that)."""
+        if not self.floor:
+            return 0
+        unit = self.grid.uniform_size
+        return -(-self.floor // unit) * unit if unit else self.floor
+
+    @property
+    def most(self) -> int:
+        """The most elements that whole units can prune within the cap (with ragged units: at most that)."""
+        if self.cap is None or self.cap >= self.grid.elements:
+            return self.grid.elements
+        unit = self.grid.uniform_size
+        return self.cap // unit * unit if unit else self.cap
+
+
+def check_feasible(demands: Sequence[Demand], budget: int, target: float) -> None:
+    """Refuse floors and caps that contradict each other or the target, before anything is spent.
+
+    Exact where all units have one size; with units of several sizes only certain contradictions are refused, and the
+    rest is decided within one unit.
+
+    Args:
+        demands: one per layer that competes for the budget.
+        budget: elements to prune over these layers.
+        target: the sparsity that the budget stands for, for the message.
+
+    Raises:
+        BudgetError: no choice of units meets floors, caps and target; the message has the numbers.
+    """
+    for demand in demands:
+        if demand.least > demand.most:
+            limit = "cap" if demand.most < demand.grid.elements else "pattern"
+            raise BudgetError(
+                f"{demand.name}: the floor asks for at least {demand.least} of {demand.elements} elements in whole "
+                f"units ({_share(demand.least, demand.elements)}), the {limit} allows {demand.most} "
+                f"({_share(demand.most, demand.elements)})"
+            )
+    elements = sum(demand.elements for demand in demands)
+    least, most = sum(demand.least for demand in demands), sum(demand.most for demand in demands)
+    sizes = {demand.grid.uniform_size for demand in demands}
+    unit = sizes.pop() if len(sizes) == 1 else None
+    # The pattern's own limit (a ragged last group of N:M) is no contradiction: all that it can prune is pruned.
+    wanted = min(budget, sum(demand.grid.elements for demand in demands))
+    wanted = wanted // unit * unit if unit else wanted
+    if least > wanted:
+        raise BudgetError(
+            f"target sparsity {target:g} prunes {wanted} of {elements} elements, but floors ask for {least} "
+            f"({_share(least, elements)}) in whole units; lower min_layer_sparsity or raise the target"
+        )
+    slack = 0 if unit else max((_largest(demand.grid) for demand in demands), default=0)
+    if most < wanted - slack:
+        raise BudgetError(
+            f"target sparsity {target:g} prunes {wanted} of {elements} elements, but caps allow {most} "
+            f"({_share(most, elements)}) in whole units; raise max_layer_sparsity or lower the target"
+        )
+
+
+def _bounded(score: Tensor, grid: UnitGrid, floor: int | None, cap: int | None) -> Tensor:
+    """One layer's scores with -inf for the units that its floor demands and +inf for those past its cap."""
+    bounded = score
+    if cap is not None and cap < grid.elements:
+        past = _longest_prefix([score], [grid], max(0, cap))[0] & (score != -math.inf)
+        bounded = bounded.masked_fill(past, math.inf)
+    if floor:
+        keep = _longest_prefix([score], [grid], floor)[0]
+        gone = grid.sizes(score.device).masked_fill(keep, 0).sum()
+        keep = keep & ~_next_unit(score, keep, short=gone < floor)
+        bounded = bounded.masked_fill(~keep, -math.inf)
+    return bounded
+
+
+def _next_unit(score: Tensor, keep: Tensor, short: Tensor) -> Tensor:
+    """The first unit of the order among ``keep``, if the prefix before it falls ``short``: bool like ``keep``."""
+    left = score.masked_fill(~keep, math.inf)
+    tied = keep & (left == left.amin())
+    index = torch.arange(keep.numel(), device=keep.device).view(keep.shape)
+    last = index.masked_fill(~tied, -1).amax()
+    return (index == last) & short
+
+
+def _longest_prefix(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> list[Tensor]:
+    """Units past the longest prefix of the order within the budget: bool per layer, True = keep."""
+    scores = [score.contiguous() for score in scores]
+    threshold, remainder = kth_score(scores, list(grids), budget)
+    return masks_from_threshold(scores, list(grids), threshold, remainder)
+
+
+def _largest(grid: UnitGrid) -> int:
+    heights = (grid.last_row_size, grid.row_size if grid.rows > 1 else 0)
+    widths = (grid.last_col_size, grid.col_size if grid.cols > 1 else 0)
+    return max(heights) * max(widths)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.4g}" if whole else "0"

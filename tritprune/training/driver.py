@@ -1,0 +1,348 @@
+"""The road of a run: dense -> prune -> recover -> slim -> export -> report.
+
+Each stage leaves an artifact in the run folder; a resumed run takes up the artifacts that are there and goes on at the
+first stage that is missing one. What a stage does is in the method of its name, in the order in which they run.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritprune.errors import CertificateError, RunFolderError
+from tritprune.export import load_model, save_model
+from tritprune.pruners import Pruner, SparsityReport, sparsity_of
+from tritprune.report import heatmap_png, write_report
+from tritprune.slimming import SlimResult, check_saved, slim_model
+from tritprune.slimming.latency import measure_together
+from tritprune.training import provenance
+from tritprune.training.checkpoint import write_json
+from tritprune.training.dense_cache import DenseCache
+from tritprune.training.loop import Loop, Run
+
+PRUNED, SLIM, PRUNING, CONTROL, SLIMMING = "pruned", "slim", "pruning.json", "control.json", "slimming.json"
+MASKS, RESULT = "masks.safetensors", "result.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the driver is to do beside training.
+
+    Args:
+        make_pruner: model -> pruner; keyword ``criterion`` replaces the composed criterion (for the control).
+        config: the composed config, for the records.
+        cache: where dense models are kept.
+        control: ``random`` repeats pruning and recovery with random masks at the same budget.
+        tracer: how the slimmer reads the model; None leaves out the slimming.
+    """
+
+    make_pruner: Callable[..., Pruner]
+    config: dict[str, Any]
+    cache: Path
+    control: str | None = None
+    tracer: str | None = "jit"
+
+
+class Driver:
+    """Runs the stages.
+
+    Args:
+        run: task, settings, folder, tracker and console.
+        plan: pruner, cache, control, slimmer.
+    """
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        self.run, self.plan = run, plan
+        self._seconds: dict[str, float] = {}
+        self._started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._cached = False
+        self._result: dict[str, Any] = {}
+
+    def execute(self) -> dict[str, Any]:
+        """Run every stage; the content of ``result.json``.
+
+        Raises:
+            InterruptedRunError: a signal came; the state is saved and the message says how to go on.
+            TritpruneError: whatever a stage refuses; ``result.json`` and the report say so.
+        """
+        self._check_before_training()
+        dense, dense_metrics = self._timed("dense", self.dense)
+        pruned = self._timed("prune", self.prune, dense)
+        if self.plan.control:
+            self._timed("control", self.control, dense)
+        if self.run.is_main:
+            slim = self._timed("slim", self.slim, pruned) if self.plan.tracer else None
+            if slim is not None:
+                slim = self._timed("export", self.export)
+            self._timed("report", self.report, dense, dense_metrics, pruned, slim)
+        self.run.accelerator.wait_for_everyone()
+        return self._result
+
+    def _check_before_training(self) -> None:
+        """Refuse what cannot work while nothing has been spent: the pruner's settings and the disk."""
+        model = self.run.task.build_model(self.run.seed)
+        self.plan.make_pruner(model)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        needed = (
+            8 * weights
+        )  # checkpoint (weights, two optimizer states, scores) twice while it is replaced, and the models
+        free = shutil.disk_usage(self.run.folder.path).free
+        if free < needed:
+            raise RunFolderError(
+                f"{self.run.folder.path} has {free / 2**20:,.0f} MiB free and this run needs about "
+                f"{needed / 2**20:,.0f} MiB; make room or choose another folder with run_dir=..."
+            )
+
+    def dense(self) -> tuple[nn.Module, dict[str, float]]:
+        """Fine-tune the dense model, or take it from the cache."""
+        run, cache = self.run, DenseCache(self.plan.cache)
+        key = cache.key(run.task, run.settings, run.seed, run.accelerator.num_processes)
+        known = cache.load(key) if run.agree(cache.path(key).exists()) else None
+        if known is not None:
+            self._cached = True
+            run.progress.say(f"dense    taken from {cache.path(key)} (same task, data, seed and settings)")
+            return known
+        model = run.task.build_model(run.seed)
+        loop = Loop(run, model, run.settings.dense, name="dense")
+        self._restore(loop)
+        loop.fit()
+        metrics = run.task.evaluate(model, device=run.device)
+        if run.is_main:
+            cache.save(key, model, run.task, metrics)
+            run.folder.drop_checkpoint()
+        run.accelerator.wait_for_everyone()
+        return model.eval(), metrics
+
+    def prune(self, dense: nn.Module) -> nn.Module:
+        """Prune while training, then recover with the masks fixed; leaves ``pruned/`` and the masks."""
+        run = self.run
+        if run.agree((run.folder / PRUNING).exists()):
+            run.progress.say("prune    done already: taken from the run folder")
+            return load_model(run.folder / PRUNED)
+        model, pruner = self._pruning_phase(dense, "prune", criterion=None)
+        if run.is_main:
+            metrics = run.task.evaluate(model, device=run.device)
+            pruner.masks.save(run.folder / MASKS)
+            save_model(model, run.folder / PRUNED, builder=run.task.builder(), extra={"metrics": metrics})
+            write_json(run.folder / PRUNING, _pruning_record(pruner, metrics))
+            run.folder.drop_checkpoint()
+        run.accelerator.wait_for_everyone()
+        return model.eval()
+
+    def control(self, dense: nn.Module) -> None:
+        """The same budget, schedule and training with random masks: what the criterion is worth."""
+        run = self.run
+        if run.agree((run.folder / CONTROL).exists()):
+            return
+        model, pruner = self._pruning_phase(dense, "control", criterion=self.plan.control)
+        if run.is_main:
+            metrics = run.task.evaluate(model, device=run.device)
+            write_json(run.folder / CONTROL, _pruning_record(pruner, metrics))
+            run.folder.drop_checkpoint()
+        run.accelerator.wait_for_everyone()
+
+    def _pruning_phase(self, dense: nn.Module, name: str, criterion: str | None) -> tuple[nn.Module, Pruner]:
+        run = self.run
+        model = run.task.build_model(run.seed)
+        model.load_state_dict(dense.state_dict())
+        pruner = self.plan.make_pruner(model.to(run.device), **({"criterion": criterion} if criterion else {}))
+        offset = run.settings.dense.steps + (run.settings.prune.steps if name == "control" else 0)
+        loop = Loop(run, model, run.settings.prune, name=name, offset=offset, pruner=pruner, teacher=dense)
+        self._restore(loop)
+        loop.fit()
+        return model, pruner
+
+    def _restore(self, loop: Loop) -> None:
+        """Take up this phase where an interrupted run left it; another phase's checkpoint is not for this one."""
+        state = self.run.folder.load_checkpoint(str(self.run.device))
+        if state is not None and state["phase"] == loop.name:
+            loop.restore(state)
+            self.run.progress.say(f"{loop.stage:<8} resumed at step {loop.step} of {loop.phase.steps}")
+
+    def slim(self, pruned: nn.Module) -> nn.Module:
+        """Cut what is dead and prove that the outputs stay the same; leaves ``slim/`` and the certificate."""
+        run, task = self.run, self.run.task
+        if (run.folder / SLIMMING).exists():
+            return load_model(run.folder / SLIM)
+        model = pruned.cpu().eval()
+        result = slim_model(model, task.model_inputs(task.example_inputs(2)), tracer=self.plan.tracer or "jit")
+        save_model(result.model, run.folder / SLIM, builder=task.builder(), widths=result.widths)
+        result.certificate.save(run.folder.path)
+        write_json(run.folder / SLIMMING, _slimming_record(result))
+        return result.model
+
+    def export(self) -> nn.Module:
+        """Load the saved slim model afresh and hold it against the certificate: what is delivered was proved."""
+        model = load_model(self.run.folder / SLIM)
+        if not check_saved(model, self.run.folder.path):
+            raise CertificateError(
+                f"the model saved in {self.run.folder / SLIM} does not give the outputs of its certificate, "
+                f"{self.run.folder / 'certificate.json'}"
+            )
+        return model
+
+    def report(
+        self, dense: nn.Module, dense_metrics: dict[str, float], pruned: nn.Module, slim: nn.Module | None
+    ) -> dict[str, Any]:
+        """Measure the models side by side and write ``result.json`` and ``report.html``."""
+        run, folder = self.run, self.run.folder
+        pruning = json.loads((folder / PRUNING).read_text(encoding="utf-8"))
+        layers = [layer["name"] for layer in pruning["layers"]]
+        models = {"dense": dense, "pruned": pruned, **({"slim": slim} if slim is not None else {})}
+        metrics = {"dense": dense_metrics, "pruned": pruning["metrics"]}
+        if slim is not None:
+            metrics["slim"] = run.task.evaluate(slim.to(run.device), device=run.device)
+        latency = self._latency(models)
+        key = DenseCache(self.plan.cache)
+        saved = {
+            "dense": key.path(key.key(run.task, run.settings, run.seed, run.accelerator.num_processes)),
+            "pruned": folder / PRUNED,
+            "slim": folder / SLIM,
+        }
+        rows = [
+            {
+                "model": name,
+                "metrics": metrics[name],
+                "sparsity": _denominators(sparsity_of(model, layers)),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "bytes": (saved[name] / "model.safetensors").stat().st_size,
+                "latency": latency[name],
+            }
+            for name, model in models.items()
+        ]
+        if (folder / CONTROL).exists():
+            control = json.loads((folder / CONTROL).read_text(encoding="utf-8"))
+            rows.append({"model": "random control", "metrics": control["metrics"], "sparsity": control["sparsity"]})
+        slimming = folder / SLIMMING
+        self._result = {
+            **self.describe("finished"),
+            "rows": rows,
+            "layers": pruning["layers"],
+            "excluded": pruning["excluded"],
+            "slim": json.loads(slimming.read_text(encoding="utf-8")) if slimming.exists() else None,
+        }
+        self._publish()
+        folder.drop_checkpoint()
+        folder.write_state(status="finished", stage="report")
+        return self._result
+
+    def describe(self, status: str, error: str | None = None) -> dict[str, Any]:
+        """The part of ``result.json`` that every run has, however it ended."""
+        run = self.run
+        return {
+            "format": 1,
+            "name": run.name,
+            "command": run.command,
+            "status": status,
+            "error": error,
+            "started": self._started,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": {name: round(value, 2) for name, value in self._seconds.items()},
+            "config": self.plan.config,
+            "versions": provenance.versions(),
+            "git": provenance.git_state(),
+            "seed": run.seed,
+            "machine": provenance.machine(),
+            "data": {
+                "task": run.task.name,
+                "hash": run.task.data_hash,
+                "n_train": run.task.n_train,
+                "n_eval": run.task.n_eval,
+                "labels": len(run.task.labels),
+                "description": run.task.description,
+            },
+            "dense_cached": self._cached,
+            "artifacts": self._artifacts(),
+        }
+
+    def _latency(self, models: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
+        """Milliseconds per forward pass, the models in turn within one run."""
+        run, task = self.run, self.run.task
+        placed = {name: model.to(run.device).eval() for name, model in models.items()}
+
+        def inputs(batch: int) -> dict[str, torch.Tensor]:
+            return {k: v.to(run.device) for k, v in task.model_inputs(task.example_inputs(batch)).items()}
+
+        batches = run.settings.latency_batches
+        with run.progress.bar("latency", 1):
+            measured = measure_together(placed, inputs, batches=batches, repeats=run.settings.latency_repeats)
+        return {
+            name: {str(batch): vars(value) for batch, value in by_batch.items()} for name, by_batch in measured.items()
+        }
+
+    def _publish(self) -> None:
+        """Write the result, the heat map and the report, and hand them to the tracker."""
+        run, folder, result = self.run, self.run.folder, self._result
+        write_json(folder / RESULT, result)
+        heatmap = heatmap_png(folder.path)
+        report = write_report(folder.path)
+        if result["layers"]:
+            columns = list(result["layers"][0])
+            run.tracker.table("layers", columns, [[str(layer[c]) for c in columns] for layer in result["layers"]])
+        if heatmap is not None:
+            run.tracker.image("sparsity/heatmap", heatmap)
+        run.tracker.artifact("masks", "masks", [folder / MASKS])
+        run.tracker.artifact("report", "report", [report, folder / RESULT])
+        run.tracker.summary(
+            {
+                f"{row['model']}/{key}": value
+                for row in result["rows"]
+                for key, value in {
+                    **row["metrics"],
+                    "sparsity": row["sparsity"]["prunable"]["zeros"] / max(1, row["sparsity"]["prunable"]["total"]),
+                    **({"parameters": row["parameters"], "bytes": row["bytes"]} if "parameters" in row else {}),
+                }.items()
+            }
+        )
+
+    def _artifacts(self) -> dict[str, str]:
+        names = {
+            "report": "report.html",
+            "curves": "curves.jsonl",
+            "masks": MASKS,
+            "certificate": "certificate.json",
+            "pruned": PRUNED,
+            "slim": SLIM,
+        }
+        found = {name: path for name, path in names.items() if name == "report" or (self.run.folder / path).exists()}
+        offline = sorted((self.run.folder / "wandb").glob("*run-*"))
+        return found | ({"wandb": str(offline[-1].relative_to(self.run.folder.path))} if offline else {})
+
+    def _timed(self, name: str, stage: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return stage(*arguments)
+        finally:
+            self._seconds[name] = time.perf_counter() - start
+
+
+def _denominators(report: SparsityReport) -> dict[str, dict[str, int]]:
+    counts = {"prunable": report.prunable, "linear_conv": report.linear_conv, "parameters": report.parameters}
+    return {name: {"zeros": count.zeros, "total": count.total} for name, count in counts.items()}
+
+
+def _pruning_record(pruner: Pruner, metrics: dict[str, float]) -> dict[str, Any]:
+    return {
+        "metrics": metrics,
+        "layers": pruner.layer_report(),
+        "excluded": [{"name": e.name, "reason": e.reason} for e in pruner.excluded],
+        "sparsity": _denominators(pruner.sparsity()),
+        "digest": pruner.digest(),
+    }
+
+
+def _slimming_record(result: SlimResult) -> dict[str, Any]:
+    return {
+        "found": result.found,
+        "cuts": [vars(cut) for cut in result.cuts],
+        "refused": [vars(refusal) for refusal in result.refused],
+        "certificate": result.certificate.summary(),
+        "parameters_before": result.parameters_before,
+        "parameters_after": result.parameters_after,
+    }
