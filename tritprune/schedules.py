@@ -210,7 +210,9 @@ def resolve_step(value: object, *, total_steps: int | None = None, steps_per_epo
         return value
     if isinstance(value, float):
         if not 0 <= value <= 1:
-            raise ConfigError(f"a fraction of training is in [0, 1], got {value}; write a number of steps as an integer")
+            raise ConfigError(
+                f"a fraction of training is in [0, 1], got {value}; write a number of steps as an integer"
+            )
         return _share(str(value), total_steps, value, "total_steps")
     if isinstance(value, str):
         epochs = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*ep\s*", value)

@@ -35,6 +35,13 @@ def at_least(sparsity: float, elements: int) -> int:
     return math.ceil(Fraction(str(float(sparsity))) * elements)
 
 
+def largest_unit(grid: UnitGrid) -> int:
+    """The size in elements of a grid's largest unit."""
+    heights = (grid.last_row_size, grid.row_size if grid.rows > 1 else 0)
+    widths = (grid.last_col_size, grid.col_size if grid.cols > 1 else 0)
+    return max(heights) * max(widths)
+
+
 def select(
     scores: Sequence[Tensor],
     grids: Sequence[UnitGrid],
@@ -71,7 +78,7 @@ def select(
         floor, cap = floors[layer] if floors else None, caps[layer] if caps else None
         if grid.units and (floor or (cap is not None and cap < grid.elements)):
             order[layer] = _bounded(order[layer], grid, floor, cap)
-    forced = pruned is not None or floors is not None
+    forced = pruned is not None or any(floors or ())
     masks = _longest_prefix(order, grids, budget)
     return [mask & (score != -math.inf) for mask, score in zip(masks, order, strict=True)] if forced else masks
 
@@ -168,7 +175,7 @@ def check_feasible(demands: Sequence[Demand], budget: int, target: float) -> Non
             f"target sparsity {target:g} prunes {wanted} of {elements} elements, but floors ask for {least} "
             f"({_share(least, elements)}) in whole units; lower min_layer_sparsity or raise the target"
         )
-    slack = 0 if unit else max((_largest(demand.grid) for demand in demands), default=0)
+    slack = 0 if unit else max((largest_unit(demand.grid) for demand in demands), default=0)
     if most < wanted - slack:
         raise BudgetError(
             f"target sparsity {target:g} prunes {wanted} of {elements} elements, but caps allow {most} "
@@ -204,12 +211,6 @@ def _longest_prefix(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget:
     scores = [score.contiguous() for score in scores]
     threshold, remainder = kth_score(scores, list(grids), budget)
     return masks_from_threshold(scores, list(grids), threshold, remainder)
-
-
-def _largest(grid: UnitGrid) -> int:
-    heights = (grid.last_row_size, grid.row_size if grid.rows > 1 else 0)
-    widths = (grid.last_col_size, grid.col_size if grid.cols > 1 else 0)
-    return max(heights) * max(widths)
 
 
 def _share(part: int, whole: int) -> str:

@@ -4,8 +4,8 @@
 
 The launchers run on every case with the one launching function replaced by a recorder, so that signatures come from
 real calls. Prints one JSON object: variant -> {"fault": null or what is wrong, and figures of the machine code}.
-On CUDA targets a variant must compile and use no stack and no local memory (no spills), as ``cuobjdump`` of the
-triton wheel reports; on HIP targets it must compile without spilled vector registers. ``--representative`` takes one
+On CUDA targets a variant must compile, use no stack and no local memory (no spills), as ``cuobjdump`` of the triton
+wheel reports, and load wide where it was promised aligned addresses; on HIP targets it must compile without spilled vector registers. ``--representative`` takes one
 variant of each kernel, alignment, type and orientation instead of every block, form and reduction too. ``--probe``
 compiles a kernel that must be refused instead: a gate that cannot fail is none. Test helper, not a test module: it must not be interpreted.
 """
@@ -40,7 +40,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
-def _spilling_kernel(out_ptr, in_ptr, n, SIZE: tl.constexpr):
+def _spilling_kernel(out_ptr, in_ptr, n, SIZE: tl.constexpr):  # noqa: N803
     """Far more live values than registers."""
     at = tl.arange(0, SIZE)
     kept = tl.load(in_ptr + at)
@@ -52,7 +52,7 @@ def _spilling_kernel(out_ptr, in_ptr, n, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _broken_kernel(out_ptr, in_ptr, n, SIZE: tl.constexpr):
+def _broken_kernel(out_ptr, in_ptr, n, SIZE: tl.constexpr):  # noqa: N803
     """Shapes that do not fit: the compiler must refuse it."""
     tl.store(out_ptr + tl.arange(0, SIZE), tl.load(in_ptr + tl.arange(0, 2 * SIZE)) + n)
 
@@ -104,7 +104,7 @@ def representatives(variants: dict[str, ASTSource]) -> dict[str, ASTSource]:
     """One variant per kernel and constants other than those that only change how often something is repeated."""
     chosen: dict[str, tuple[str, ASTSource]] = {}
     for name, source in variants.items():
-        chosen.setdefault(re.sub(r"\b(N|M|FORM|REDUCE|HAS_STATE)=\w+", "", name), (name, source))
+        chosen.setdefault(re.sub(r"\b(N|M|FORM|REDUCE|HAS_STATE|PASS=[123])=?\w*", "", name), (name, source))
     return dict(chosen.values())
 
 
@@ -113,7 +113,7 @@ def probes(name: str | None) -> Iterator[tuple[str, ASTSource]]:
     if name:
         kernel = {"spill": _spilling_kernel, "broken": _broken_kernel}[name]
         signature = {"out_ptr": "*fp32", "in_ptr": "*fp32", "n": "i32", "SIZE": "constexpr"}
-        yield f"probe {name}", ASTSource(kernel, signature, {"SIZE": 65536})
+        yield f"probe {name}", ASTSource(kernel, signature, {"SIZE": 16384})
 
 
 def inspect(source: ASTSource, target: GPUTarget) -> dict[str, Any]:
@@ -123,8 +123,17 @@ def inspect(source: ASTSource, target: GPUTarget) -> dict[str, Any]:
     except Exception as error:
         return {"fault": f"does not compile: {type(error).__name__}: {error}"}
     figures = cuda_figures(compiled.asm["cubin"]) if target.backend == "cuda" else hip_figures(compiled.asm["amdgcn"])
+    if target.backend == "cuda":
+        figures["WIDE"] = len(re.findall(r"ld\.global\S*\.v[248]\.", compiled.asm["ptx"]))
     spilled = {name: figures[name] for name in ("STACK", "LOCAL", "vgpr_spill_count") if figures.get(name)}
-    return {"fault": f"spills: {spilled}" if spilled else None, **figures}
+    narrow = figures.get("WIDE") == 0 and source.constants.get(_place(source, "ALIGNED")) is True
+    narrow = narrow and source.constants.get(_place(source, "M"), 1) == 1
+    return {"fault": f"spills: {spilled}" if spilled else "no wide load" if narrow else None, **figures}
+
+
+def _place(source: ASTSource, name: str) -> tuple[int, ...]:
+    """Where ``ASTSource`` files a constant."""
+    return (source.fn.arg_names.index(name),) if name in source.fn.arg_names else ()
 
 
 def cuda_figures(cubin: bytes) -> dict[str, int]:
@@ -144,7 +153,10 @@ def cuda_figures(cubin: bytes) -> dict[str, int]:
 
 def hip_figures(assembly: str) -> dict[str, int]:
     """Registers used and spilled."""
-    return {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
+    figures = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
+    if figures.keys() != {"vgpr_count", "vgpr_spill_count"}:
+        raise ValueError("the assembly states no register usage")
+    return figures
 
 
 if __name__ == "__main__":
@@ -158,4 +170,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     sources = dict(probes(options.probe)) if options.probe else recorded()
     sources = representatives(sources) if options.representative else sources
-    json.dump({name: inspect(source, TARGETS[options.target]) for name, source in sources.items()}, sys.stdout, indent=1)
+    json.dump(
+        {name: inspect(source, TARGETS[options.target]) for name, source in sources.items()}, sys.stdout, indent=1
+    )

@@ -26,11 +26,12 @@ from tritprune.training.checkpoint import RunFolder, find_resumable, fingerprint
 from tritprune.training.driver import RESULT, Driver, Plan
 from tritprune.training.loop import Run
 from tritprune.training.progress import Progress
+from tritprune.training.provenance import git_state
 from tritprune.training.settings import TrainingSettings
 
 REFUSED, FAILED = 2, 1
 # A run's numbers do not depend on these, so that a resumed run may change them.
-BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins")
+BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins", "job")
 
 
 def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console) -> int:
@@ -116,6 +117,8 @@ class Attempt:
         run = Run(
             name=config["name"],
             command=self.command,
+            overrides=self.overrides,
+            job=config["job"],
             folder=RunFolder(Path()),
             task=task,
             settings=settings,
@@ -135,12 +138,11 @@ class Attempt:
         self._tracker = tracker
         if accelerator.is_main_process:
             self._folder.write_state(status="running", fingerprint=self._fingerprint(), command=self.command)
-            tracker.start(self._folder.path, config, name=f"{config['name']}-{self._folder.path.name}")
+            label = f"{config['name']}-{self._folder.path.name}"
+            tracker.start(self._folder.path, config, name=label, tags=[task.name], git=git_state())
         self.started_training = True
         result = self._driver.execute()
         if accelerator.is_main_process:
-            result["overrides"] = self.overrides
-            write_json(self._folder / RESULT, result)
             progress.say(console_table(result))
             tracker.finish()
             progress.say(console_epilogue(result, self._folder.path))
@@ -148,7 +150,7 @@ class Attempt:
     def close(self, status: str, error: str, trace: str = "") -> Path | None:
         """Leave a run that did not finish in a state that says so; where the traceback is."""
         if self._folder is None:
-            if self.config["run_dir"] and trace:  # a refused job of a sweep: its table names it
+            if self.config["job"] is not None:
                 self._note_refusal(status, error)
             return None
         log = self._folder / "error.log"
@@ -157,8 +159,7 @@ class Attempt:
                 log.write_text(trace, encoding="utf-8")
             self._folder.write_state(status=status, error=error)
             if self._driver is not None:
-                result = {**self._driver.describe(status, error), "rows": [], "layers": [], "overrides": self.overrides}
-                write_json(self._folder / RESULT, result)
+                write_json(self._folder / RESULT, self._driver.describe(status, error))
                 write_report(self._folder.path)
         except OSError:
             pass  # the folder itself is what failed; the message on the screen has said so
@@ -167,10 +168,10 @@ class Attempt:
         return log
 
     def _note_refusal(self, status: str, error: str) -> None:
-        folder = Path(self.config["run_dir"])
-        folder.mkdir(parents=True, exist_ok=True)
+        """A job of a sweep that was refused before it had a run: the sweep's table has to name it."""
+        folder = RunFolder(Path(self.config["run_dir"]))
         record = {"format": 1, "name": self.config["name"], "command": self.command, "status": status, "error": error}
-        write_json(folder / RESULT, {**record, "rows": [], "layers": [], "overrides": self.overrides})
+        write_json(folder / RESULT, {**record, "overrides": self.overrides, "job": self.config["job"]})
 
     def _fingerprint(self) -> str:
         return fingerprint({k: v for k, v in self.config.items() if k not in BESIDE_THE_NUMBERS})

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class CommandLine:
         sweep: the folder of the sweep, if this is one.
     """
 
-    console: Console = field(default_factory=lambda: Console(highlight=False))
+    console: Console
     status: int = 0
     sweep: Path | None = None
 
@@ -47,6 +47,7 @@ class CommandLine:
         overrides = list(hydra_config.overrides.task)
         in_sweep = hydra_config.mode == RunMode.MULTIRUN
         values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        values["job"] = int(hydra_config.job.num) if in_sweep else None
         if in_sweep:
             self.sweep = Path(hydra_config.sweep.dir)
             values["run_dir"] = values["run_dir"] or str(self.sweep / hydra_config.sweep.subdir)
@@ -81,9 +82,7 @@ class CommandLine:
 def main(config_tree: Path) -> int:
     """Compose and run what the command line asks for; the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then hands its errors over instead of printing them its own way
-    line = CommandLine()
-    if int(os.environ.get("RANK", "0")) != 0:
-        line.console = Console(quiet=True)
+    line = CommandLine(make_console())
     try:
         hydra.main(config_path=str(config_tree), config_name="config", version_base="1.3")(line.job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -93,6 +92,14 @@ def main(config_tree: Path) -> int:
         return REFUSED
     line.finish_sweep()
     return line.status
+
+
+def make_console() -> Console:
+    """Where messages go: a log gets lines of 100 columns, processes other than the first one say nothing."""
+    console = Console(highlight=False, quiet=int(os.environ.get("RANK", "0")) != 0)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 100
+    return console
 
 
 def explain(error: BaseException) -> str:

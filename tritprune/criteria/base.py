@@ -103,18 +103,18 @@ class Criterion:
             return
         for layer, (score, weight, block) in enumerate(zip(scores, weights, blocks, strict=True)):
             gradient = None if gradients is None else gradients[layer].float()
-            if gradient is None:
-                fresh = self.element_scores(weight.float(), None)
-            else:
-                finite = torch.isfinite(gradient)
-                fresh = self.element_scores(weight.float(), gradient.masked_fill(~finite, 0.0))
-                fresh = fresh.masked_fill(~finite, 0.0)
+            finite = None if gradient is None else torch.isfinite(gradient)
+            if gradient is not None and finite is not None:
+                gradient = gradient.masked_fill(~finite, 0.0)
                 skipped[layer] += (~finite).sum()
+            fresh = self.element_scores(weight.float(), gradient)
             if fresh.shape != weight.shape:
                 raise ConfigError(
                     f"criterion {type(self).__name__} gave scores of shape {list(fresh.shape)} "
                     f"for a weight view of shape {list(weight.shape)}"
                 )
+            if finite is not None:
+                fresh = fresh.masked_fill(~finite, 0.0)
             units = reduce_units(fresh.float(), block, reduce).mul_(self.beta)
             score.copy_(units if self.alpha == 0 else score.mul_(self.alpha).add_(units))
 

@@ -6,7 +6,7 @@ backend either runs or raises :class:`BackendError`: there is no silent fallback
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -47,7 +47,7 @@ def set_backend(name: str) -> None:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> Generator[None]:
     """As :func:`set_backend` within a ``with`` block; the backend before it comes back after it.
 
     Raises:
@@ -110,7 +110,11 @@ def _choose(op: str, device: torch.device) -> str:
     raise BackendError(
         f"{op}: backend 'triton' cannot run on device '{device}': {where} on {'CPU' if interpreted else 'CUDA or HIP'} "
         f"tensors only; what would work: backend 'torch' or 'auto', or "
-        + ("CPU tensors" if interpreted else "tensors on a CUDA or HIP device, or TRITON_INTERPRET=1 before Python starts")
+        + (
+            "CPU tensors"
+            if interpreted
+            else "tensors on a CUDA or HIP device, or TRITON_INTERPRET=1 before Python starts"
+        )
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from einops import reduce as einops_reduce
+from einops import reduce as einops_reduce  # pyright: ignore[reportUnknownVariableType]  (einops names an untyped callable)
 from torch import Tensor
 
 from tritprune.kernels.units import UnitGrid
@@ -223,7 +223,7 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Seq
                 if min(part.shape) == 0:
                     continue
                 unit_rows, unit_cols = part_gone.shape
-                blocked = part.unflatten(0, (unit_rows, -1)).unflatten(2, (unit_cols, -1))
+                blocked = part.view(unit_rows, part.shape[0] // unit_rows, unit_cols, part.shape[1] // unit_cols)
                 blocked.masked_fill_(part_gone[:, None, :, None], 0.0)
 
 
@@ -335,7 +335,9 @@ def _sampled_bracket(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget
     if units <= _SAMPLE or not 0 <= budget < elements:
         return -math.inf, math.inf
     stride = -(-units // _SAMPLE) | 1  # odd: regular structure in the scores is not met at one phase only
-    index = [torch.arange(0, grid.units, stride, device=score.device) for score, grid in zip(scores, grids, strict=True)]
+    index = [
+        torch.arange(0, grid.units, stride, device=score.device) for score, grid in zip(scores, grids, strict=True)
+    ]
     sample = torch.cat([score.flatten()[::stride] for score in scores])
     sample, order = sample.sort()
     spent = torch.cat([grid.sizes_at(i) for grid, i in zip(grids, index, strict=True)])[order].cumsum(0)

@@ -3,7 +3,7 @@
 | config | shorthand | unit |
 |---|---|---|
 | ``{"name": "block", "n": 4, "m": 1}`` | ``4x1``, ``1x1``, ``32x32`` | N outputs by M inputs |
-| ``{"name": "block", "n": "channel", "m": 1}`` | ``channelx1``, ``1xchannel``, ``channelx2`` | whole columns, whole rows |
+| ``{"name": "block", "n": "channel", "m": 1}`` | ``channelx1``, ``1xchannel``, ``channelx2`` | whole columns or rows |
 | ``{"name": "n_in_m", "n": 2, "m": 4}`` | ``2:4``, ``1:4``, ``4:8`` | N of every M consecutive inputs are **pruned** |
 | ``{"name": "heads"}`` | ``heads`` | attention heads: rows of query, key, value and columns of output |
 """
@@ -17,7 +17,7 @@ from tritprune.patterns.base import Block, Pattern, Reduce, Site, set_reduction
 from tritprune.patterns.block import BlockPattern
 from tritprune.patterns.heads import RECIPES, HeadsPattern, find_attentions, head_count
 from tritprune.patterns.n_in_m import NInMPattern
-from tritprune.patterns.views import Kind, WeightView, from_2d, kind_of, to_2d, view_shape
+from tritprune.patterns.views import Kind, WeightView, from_2d, kind_of, own_weight, to_2d, view_shape
 from tritprune.registry import Registry, did_you_mean
 
 P = TypeVar("P", bound=type[Pattern])
@@ -81,6 +81,7 @@ __all__ = [
     "get_pattern",
     "head_count",
     "kind_of",
+    "own_weight",
     "patterns",
     "register_pattern",
     "set_reduction",

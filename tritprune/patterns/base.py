@@ -112,9 +112,7 @@ class Pattern:
         del site, masks
         return scores[0]
 
-    def layer_masks(
-        self, site: Site, keep: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def layer_masks(self, site: Site, keep: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """The mask of every view from the units that stay.
 
         Args:

@@ -36,7 +36,7 @@ class BlockPattern(Pattern):
     def block(self, view: WeightView) -> Block:
         """``(n, m)`` with channels resolved."""
         rows, columns = view.shape
-        return rows if self.n == "channel" else self.n, columns if self.m == "channel" else self.m
+        return (rows if isinstance(self.n, str) else self.n), (columns if isinstance(self.m, str) else self.m)
 
 
 def _extent(what: str, value: object, config: str) -> Extent:

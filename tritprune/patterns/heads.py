@@ -1,6 +1,7 @@
 """Whole attention heads: rows of query, key and value, columns of the output, all together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 
 
 class HeadsPattern(Pattern):
-    """A unit is one head of one attention: ``head_dim`` rows of query, key and value and ``head_dim`` columns of output.
+    """A unit is one head of one attention: its rows of query, key and value and its columns of output.
 
     Attentions are found by the names of their four linears (:data:`RECIPES`), their number of heads by an attribute
     (:data:`HEAD_COUNTS`) of a module that holds them or of ``model.config``. The score of a head is the mean (sum,
@@ -79,9 +80,7 @@ class HeadsPattern(Pattern):
         assert isinstance(total, Tensor)
         return total / (site.elements // heads)
 
-    def layer_masks(
-        self, site: Site, keep: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def layer_masks(self, site: Site, keep: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """``[heads, 1]`` for query, key and value, ``[1, heads]`` for output."""
         rows = keep.reshape(-1, 1)
         return [rows, rows.clone(), rows.clone(), keep]
@@ -93,14 +92,15 @@ class HeadsPattern(Pattern):
 
 def find_attentions(model: nn.Module) -> list[tuple[str, tuple[str, str, str, str]]]:
     """Every attention of a model: its dotted name and those of its query, key, value and output linears."""
-    names = {name for name, _ in model.named_modules()}
+    names = [name for name, _ in cast("Iterator[tuple[str, nn.Module]]", model.named_modules())]
+    known = set(names)
     found: list[tuple[str, tuple[str, str, str, str]]] = []
-    for name in (name for name, _ in model.named_modules()):
+    for name in names:
         for recipe in RECIPES:
             if name == recipe[0] or name.endswith("." + recipe[0]):
                 prefix = name[: len(name) - len(recipe[0])]
                 query, key, value, output = (prefix + part for part in recipe)
-                if {key, value, output} <= names:
+                if {key, value, output} <= known:
                     found.append((prefix.rstrip(".") or "attention", (query, key, value, output)))
                     break
     return found

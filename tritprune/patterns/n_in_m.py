@@ -64,9 +64,7 @@ class NInMPattern(Pattern):
             return costs
         return costs / site.grid.col_widths(costs.device)
 
-    def layer_masks(
-        self, site: Site, keep: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def layer_masks(self, site: Site, keep: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Groups that have gone keep their mask; those that go now lose their N lowest: bool ``[R, C]``."""
         fresh = n_in_m_masks([scores[0]], self.n, self.m)[0]
         stays = self._spread(keep, site)
@@ -79,7 +77,7 @@ class NInMPattern(Pattern):
         columns = min(site.grid.cols * self.m, mask.shape[1])
         short = site.grid.cols * self.m - columns
         mask = nn.functional.pad(mask[:, :columns], (0, short), value=True)
-        return mask.unflatten(1, (site.grid.cols, self.m)).all(2)
+        return mask.reshape(mask.shape[0], site.grid.cols, self.m).all(2)
 
     def _grid(self, shape: tuple[int, int]) -> UnitGrid:
         rows, columns = shape

@@ -3,7 +3,7 @@
 | module | weight | view |
 |---|---|---|
 | Linear | ``[out, in]`` | as it is |
-| Conv1d, Conv2d, Conv3d | ``[out, in / groups, *kernel]`` | ``[out, kernel positions * in / groups]``, input channel innermost |
+| Conv1d, 2d, 3d | ``[out, in / groups, *kernel]`` | ``[out, kernel positions * in / groups]``, channel innermost |
 | transformers' Conv1D | ``[in, out]`` | its transpose, so that 4x1 always means 4 outputs by 1 input |
 """
 
@@ -36,14 +36,14 @@ class WeightView:
     def of(cls, name: str, module: nn.Module) -> "WeightView | None":
         """The view of a module's weight; None if it is no Linear, Conv or Conv1D with a weight of its own."""
         kind = kind_of(module)
-        if kind is None or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        if kind is None or own_weight(module) is None:
             return None
         return cls(name, module, kind)
 
     @property
     def parameter(self) -> nn.Parameter:
         """The weight."""
-        parameter = self.module._parameters["weight"]
+        parameter = own_weight(self.module)
         assert parameter is not None
         return parameter
 
@@ -75,6 +75,14 @@ class WeightView:
     def from_2d(self, tensor: Tensor) -> Tensor:
         """An ``[R, C]`` tensor in the weight's layout: the inverse of :meth:`to_2d`."""
         return from_2d(tensor, self.kind, self.weight_shape)
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """A module's own parameter ``weight``; None if it has none, or computes it from others (a parametrization)."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "weight":
+            return parameter
+    return None
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -1,5 +1,6 @@
 """One layer group while it is pruned: its scores, its masks, and what a mask update would be."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from tritprune.criteria import get_criterion
 from tritprune.errors import ConfigError
 from tritprune.kernels import UnitGrid
-from tritprune.patterns import Block, Site, WeightView, get_pattern, set_reduction
+from tritprune.patterns import Block, WeightView, get_pattern, set_reduction
+from tritprune.pruners.budget import GroupBudget
 from tritprune.pruners.layers import Exclusion
 from tritprune.pruners.masks import apply_to_tensors_, apply_to_weights_
 from tritprune.pruners.reports import LayerCount, measure, read_counts
 from tritprune.pruners.settings import GroupSettings
 from tritprune.schedules import get_schedule
-from tritprune.selection import Demand, at_least, check_feasible, count_non_finite, exact_budget, select
+from tritprune.selection import count_non_finite
 
 _SAMPLED_STEPS = 1000
 
@@ -55,13 +57,15 @@ class LayerGroup:
         self.settings, self.name, self.times, self._seed = settings, settings.name, settings.times, seed
         self.criterion = get_criterion(settings.criterion)
         self.schedule = get_schedule(settings.schedule)
-        self.pattern = get_pattern(settings.pattern)
+        self.pattern = copy.copy(get_pattern(settings.pattern))  # its reduction is this group's own
         set_reduction(self.pattern, settings.reduce)
         self.sites = self.pattern.sites(views, model)
         self.views = [view for site in self.sites for view in site.views]
         used = {view.name for view in self.views}
         self.excluded = [
-            Exclusion(view.name, f"pattern {self.pattern.label} has no unit in it") for view in views if view.name not in used
+            Exclusion(view.name, f"pattern {self.pattern.label} has no unit in it")
+            for view in views
+            if view.name not in used
         ]
         if not self.sites:
             raise ConfigError(
@@ -70,6 +74,7 @@ class LayerGroup:
             )
         self.elements = sum(site.elements for site in self.sites)
         self._check_settings()
+        self._budget = GroupBudget(settings, self.sites)
         self.masks = [
             [
                 torch.ones(_grid(view, block).shape, dtype=torch.bool, device=view.parameter.device)
@@ -157,7 +162,9 @@ class LayerGroup:
             for site, scores, masks in zip(self.sites, self.scores, known, strict=True)
         ]
         before = [self.pattern.kept_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
-        keep = self._select(step, unit_scores, [~kept for kept in before] if self.prunes and not regrow else None)
+        pruned = [~kept for kept in before] if self.prunes and not regrow else None
+        held = [any(view.name in self.without_gradient for view in site.views) for site in self.sites]
+        keep = self._budget.select(self.target_at(step), unit_scores, pruned, held)
         masks = [
             self.pattern.layer_masks(site, kept, scores, old)
             for site, kept, scores, old in zip(self.sites, keep, self.scores, known, strict=True)
@@ -224,6 +231,16 @@ class LayerGroup:
                 self.scores = [[score.to(self.device) for score in scores] for scores in self.scores]
             self._skipped = self._skipped.to(self.device)
 
+    def load_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Put stored masks in force: bool ``[rows, cols]`` by layer name."""
+        self.masks = [[masks[view.name].to(self.device) for view in site.views] for site in self.sites]
+        self.prunes = any(count.zeros for count in self.count().values())
+
+    def count(self) -> dict[str, LayerCount]:
+        """Count the masks in force, by layer name."""
+        keep = [self.pattern.kept_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
+        return read_counts(self.sites, self.masks, keep, measure(self.sites, keep, keep, self.masks).tolist())
+
     def state_dict(self) -> dict[str, Any]:
         """Scores, criterion state and counters: tensors and plain Python only."""
         scores = {}
@@ -243,44 +260,6 @@ class LayerGroup:
             else None
         )
 
-    def _select(self, step: int, scores: list[Tensor], pruned: list[Tensor] | None) -> list[Tensor]:
-        target = self.target_at(step)
-        floors = [self._floor(site, target, last=step >= self.times.last) for site in self.sites]
-        caps = [self._cap(site) for site in self.sites]
-        for i, site in enumerate(self.sites):
-            if any(view.name in self.without_gradient for view in site.views):
-                floors[i], caps[i] = None, 0
-        grids = [site.grid for site in self.sites]
-        if self.settings.scope == "global":
-            budget = exact_budget(target, self.elements)
-            return select(scores, grids, budget, pruned=pruned, floors=floors, caps=caps, check=False)
-        return [
-            select(
-                [scores[i]],
-                [grids[i]],
-                exact_budget(target, site.elements),
-                pruned=None if pruned is None else [pruned[i]],
-                floors=[floors[i]],
-                caps=[caps[i]],
-                check=False,
-            )[0]
-            for i, site in enumerate(self.sites)
-        ]
-
-    def _floor(self, site: Site, target: float, *, last: bool) -> int | None:
-        """The floor in elements. It grows with the schedule, rounded down to whole units until the last prune step."""
-        share = self.settings.min_layer_sparsity
-        if not share:
-            return None
-        if last:
-            return at_least(share, site.elements)
-        growing = exact_budget(share * target / self.settings.target_sparsity, site.elements)
-        return max(0, growing - (_largest_unit(site) - 1)) or None
-
-    def _cap(self, site: Site) -> int | None:
-        share = self.settings.max_layer_sparsity
-        return None if share >= 1 else exact_budget(share, site.elements)
-
     def _check_settings(self) -> None:
         settings = self.settings
         if settings.target_sparsity > self.pattern.max_sparsity:
@@ -291,8 +270,9 @@ class LayerGroup:
         first, last = self.times.start, self.times.last
         if first == 0 and self.criterion.needs_gradient and self.target_at(0) > 0:
             raise ConfigError(
-                f"a prune step at step 0 (start_step=0, sparsity {self.target_at(0):g}) has no gradient yet, and criterion "
-                f"{type(self.criterion).__name__} needs one; start at step 1, or begin with initial_sparsity=0"
+                f"a prune step at step 0 (start_step=0, sparsity {self.target_at(0):g}) has no gradient yet, "
+                f"and criterion {type(self.criterion).__name__} needs one; "
+                "start at step 1, or begin with initial_sparsity=0"
             )
         stride = max(1, (last - first) // _SAMPLED_STEPS)
         for step in range(first, last + 1, stride):
@@ -304,14 +284,6 @@ class LayerGroup:
                     f"schedule {type(self.schedule).__name__} asks for sparsity {value:g} at step {step}; "
                     f"it must stay between 0 and target_sparsity={settings.target_sparsity:g}"
                 )
-        demands = [
-            Demand(site.name, site.elements, site.grid, self._floor(site, settings.target_sparsity, last=True), self._cap(site))
-            for site in self.sites
-        ]
-        competing = [demands] if settings.scope == "global" else [[demand] for demand in demands]
-        for rivals in competing:
-            budget = exact_budget(settings.target_sparsity, sum(demand.elements for demand in rivals))
-            check_feasible(rivals, budget, settings.target_sparsity)
 
     def _gradient(self, view: WeightView, scale: Tensor | None) -> Tensor:
         gradient = view.parameter.grad
@@ -322,10 +294,3 @@ class LayerGroup:
 
 def _grid(view: WeightView, block: Block) -> UnitGrid:
     return UnitGrid.of_blocks(view.shape, block)
-
-
-def _largest_unit(site: Site) -> int:
-    grid = site.grid
-    height = grid.row_size if grid.rows > 1 else grid.last_row_size
-    width = grid.col_size if grid.cols > 1 else grid.last_col_size
-    return height * width

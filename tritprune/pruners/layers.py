@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tritprune.errors import ConfigError
-from tritprune.patterns import WeightView, kind_of
+from tritprune.patterns import WeightView, kind_of, own_weight
 
 HEAD_NAMES = ("classifier", "score", "head", "heads", "fc", "lm_head", "qa_outputs", "logits")
 """Dotted-name parts by which models call their classifier head."""
@@ -38,17 +38,14 @@ class Inventory:
     Args:
         views: those that can be pruned, in registration order.
         excluded: those that cannot.
-        head: the classifier head's name, if one was found; it is among ``views``.
+        head: the classifier head's name, if one was found.
+        order: the names of all of these, in registration order.
     """
 
     views: tuple[WeightView, ...]
     excluded: tuple[Exclusion, ...]
     head: str | None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every layer that a glob may name."""
-        return (*(view.name for view in self.views), *(exclusion.name for exclusion in self.excluded))
+    order: tuple[str, ...]
 
 
 def take_inventory(model: nn.Module) -> Inventory:
@@ -60,6 +57,7 @@ def take_inventory(model: nn.Module) -> Inventory:
     owners = _weight_owners(model)
     views: list[WeightView] = []
     excluded: list[Exclusion] = []
+    order: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         reason = _unprunable(name, module, owners)
         view = WeightView.of(name, module)
@@ -67,9 +65,12 @@ def take_inventory(model: nn.Module) -> Inventory:
             excluded.append(Exclusion(name, reason))
         elif view is not None:
             views.append(view)
+        else:
+            continue
+        order.append(name)
     if not views and not excluded:
         raise ConfigError(f"{type(model).__name__} has no Linear, Conv or Conv1D layer that could be pruned")
-    return Inventory(tuple(views), tuple(excluded), find_head(model))
+    return Inventory(tuple(views), tuple(excluded), find_head(model), tuple(order))
 
 
 def find_head(model: nn.Module) -> str | None:
@@ -110,9 +111,9 @@ def choose(
     """
     for what, globs in (("include", include), ("exclude", exclude)):
         for glob in globs:
-            if not any(matches(glob, name) for name in inventory.names):
-                raise ConfigError(_unmatched(what, glob, group, inventory.names))
-    included = [name for name in inventory.names if any(matches(glob, name) for glob in include)]
+            if not any(matches(glob, name) for name in inventory.order):
+                raise ConfigError(_unmatched(what, glob, group, inventory.order))
+    included = [name for name in inventory.order if any(matches(glob, name) for glob in include)]
     left_out = {e.name: e for e in inventory.excluded if e.name in included}
     for name in included:
         by = next((glob for glob in exclude if matches(glob, name)), None)
@@ -160,9 +161,8 @@ def _weight_owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """Every module that holds a given tensor as a parameter, by the tensor's id, in registration order."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((name, module))
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((name, module))
     return owners
 
 
@@ -174,7 +174,7 @@ def _unprunable(name: str, module: nn.Module, owners: dict[int, list[tuple[str, 
         return "nn.MultiheadAttention keeps query, key and value in one parameter (in_proj_weight), not in Linears"
     if kind_of(module) is None:
         return None
-    weight = module._parameters.get("weight")
+    weight = own_weight(module)
     if weight is None:
         return "its weight is computed (a parametrization) or absent"
     if isinstance(weight, nn.UninitializedParameter):

@@ -167,9 +167,7 @@ def apply_to_weights_(views: list[WeightView], masks: list[Tensor], blocks: list
     apply_to_tensors_(views, [view.parameter.detach() for view in views], masks, blocks)
 
 
-def apply_to_tensors_(
-    views: list[WeightView], tensors: list[Tensor], masks: list[Tensor], blocks: list[Block]
-) -> None:
+def apply_to_tensors_(views: list[WeightView], tensors: list[Tensor], masks: list[Tensor], blocks: list[Block]) -> None:
     """Zero what is pruned in tensors that have the layout of the views' weights, in place."""
     flat = [view.to_2d(tensor) for view, tensor in zip(views, tensors, strict=True)]
     apply_masks_(flat, masks, blocks)
@@ -179,7 +177,7 @@ def apply_to_tensors_(
 
 
 def pack(mask: Tensor) -> Tensor:
-    """bool of any shape -> uint8 ``[ceil(n / 8)]`` on the CPU, row-major, first unit in the highest bit."""
+    """Bits of a bool tensor of any shape: uint8 ``[ceil(n / 8)]`` on the CPU, row-major, first in the highest bit."""
     return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
 
 

@@ -54,7 +54,9 @@ class GroupSettings:
         for key in ("include", "exclude"):
             globs = getattr(self, key)
             if isinstance(globs, str):  # a string is a sequence of its letters, each of which would be a glob
-                raise ConfigError(f"{key} is a list of layer names or globs, got the string '{globs}'; write ['{globs}']")
+                raise ConfigError(
+                    f"{key} is a list of layer names or globs, got the string '{globs}'; write ['{globs}']"
+                )
             object.__setattr__(self, key, tuple(str(glob) for glob in globs or ()))
         for key in ("exclude_head", "regrow", "reset_state"):
             if not isinstance(getattr(self, key), bool):

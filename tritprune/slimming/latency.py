@@ -1,23 +1,29 @@
-"""How long a forward pass takes, models in turn within one run, so that a drifting machine treats them alike."""
+"""Milliseconds per forward pass, with their spread; models that are compared are measured in turn.
+
+A machine's speed drifts, so one model after the other would compare moments, not models: A B C A B C does not.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from tritprune.errors import ConfigError
+from tritprune.slimming.model_inputs import ModelInputs
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one forward pass.
+    """Time per forward pass at one batch size.
 
     Args:
-        median_ms: the figure to quote.
-        p10_ms: a tenth of the passes were faster.
-        p90_ms: a tenth were slower.
-        repeats: timed passes.
+        median_ms: median over the repeats, in milliseconds.
+        p10_ms: 10th percentile, in milliseconds.
+        p90_ms: 90th percentile, in milliseconds.
+        repeats: number of timed passes.
     """
 
     median_ms: float
@@ -26,42 +32,84 @@ class Latency:
     repeats: int
 
 
+def measure(
+    model: nn.Module,
+    make_inputs: Callable[[int], Any],
+    *,
+    batches: Sequence[int] = (1, 32),
+    repeats: int = 30,
+    warmup: int = 3,
+) -> dict[int, Latency]:
+    """Latency of one model by batch size; arguments as for :func:`measure_together`."""
+    return measure_together({"model": model}, make_inputs, batches=batches, repeats=repeats, warmup=warmup)["model"]
+
+
 def measure_together(
     models: Mapping[str, nn.Module],
-    make_inputs: Callable[[int], Mapping[str, Tensor]],
+    make_inputs: Callable[[int], Any],
     *,
     batches: Sequence[int] = (1, 32),
     repeats: int = 30,
     warmup: int = 3,
 ) -> dict[str, dict[int, Latency]]:
-    """Time several models in turn: A B C A B C.
+    """Latency of several models, interleaved: one pass of each, then the next round.
 
     Args:
-        models: by name, in evaluation mode, on one device.
-        make_inputs: batch size -> keyword arguments.
+        models: the models by name, in evaluation mode for the time of the measurement.
+        make_inputs: batch size -> inputs on the models' device: a tensor, a tuple or a mapping.
         batches: batch sizes.
-        repeats: timed passes per model and batch size.
-        warmup: passes before, not timed.
+        repeats: timed rounds for each batch size.
+        warmup: rounds before them that are not timed.
+
+    Returns:
+        ``{name: {batch: Latency}}``
+
+    Raises:
+        ConfigError: fewer than one repeat, a negative warm-up or a batch size below one.
     """
+    if repeats < 1 or warmup < 0 or min(batches, default=1) < 1:
+        raise ConfigError(
+            f"latency needs repeats >= 1, warmup >= 0 and batches >= 1, "
+            f"got repeats={repeats}, warmup={warmup}, batches={list(batches)}"
+        )
+    modes = [(module, module.training) for model in models.values() for module in model.modules()]
     measured: dict[str, dict[int, Latency]] = {name: {} for name in models}
-    with torch.inference_mode():
+    try:
+        for model in models.values():
+            model.eval()
         for batch in batches:
-            inputs = make_inputs(batch)
-            seconds: dict[str, list[float]] = {name: [] for name in models}
-            for turn in range(warmup + repeats):
+            inputs = ModelInputs.of(make_inputs(batch))
+            times: dict[str, list[float]] = {name: [] for name in models}
+            for round_ in range(warmup + repeats):
                 for name, model in models.items():
-                    _wait(inputs)
-                    start = time.perf_counter()
-                    model(**inputs)
-                    _wait(inputs)
-                    if turn >= warmup:
-                        seconds[name].append(1e3 * (time.perf_counter() - start))
-            for name, values in seconds.items():
-                low, middle, high = np.percentile(values, [10, 50, 90])
-                measured[name][batch] = Latency(float(middle), float(low), float(high), repeats)
+                    milliseconds = _time(model, inputs)
+                    if round_ >= warmup:
+                        times[name].append(milliseconds)
+            for name, taken in times.items():
+                measured[name][batch] = _summary(taken)
+    finally:
+        for module, training in modes:
+            module.training = training
     return measured
 
 
-def _wait(inputs: Mapping[str, Tensor]) -> None:
-    if any(value.is_cuda for value in inputs.values()):
-        torch.cuda.synchronize()
+@torch.inference_mode()
+def _time(model: nn.Module, inputs: ModelInputs) -> float:
+    """Milliseconds of one pass, the work on the device included."""
+    _wait(inputs)
+    start = time.perf_counter()
+    inputs.call(model)
+    _wait(inputs)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _wait(inputs: ModelInputs) -> None:
+    for device in {tensor.device for tensor in inputs.tensors().values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+
+
+def _summary(taken: list[float]) -> Latency:
+    p10, median, p90 = (
+        torch.tensor(taken, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+    )
+    return Latency(median, p10, p90, len(taken))

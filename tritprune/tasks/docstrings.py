@@ -17,8 +17,21 @@ from pathlib import Path
 from tritprune.errors import DataError
 
 EXCLUDED = frozenset(
-    ("antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data")
-    + ("test", "this", "tkinter", "turtle", "turtledemo", "venv")
+    (
+        "antigravity",
+        "distutils",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "test",
+        "this",
+        "tkinter",
+        "turtle",
+        "turtledemo",
+        "venv",
+    )
 )
 """Jokes, generated tables, vendored or optional parts: not on every machine, or not documentation."""
 

@@ -262,7 +262,8 @@ class Glue(Task):
     def _model_hash(self) -> str:
         folder = Path(self.model)
         if not folder.is_dir():
-            return hash_text(self.model, str(getattr(self.config, "_commit_hash", None)), self.config.to_json_string())
+            cached = require("transformers.utils.hub", "hf").cached_file(self.model, "config.json")
+            return hash_text(self.model, Path(cached).parent.name)  # <cache>/snapshots/<commit>/config.json
         files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
         return hash_text(*(f"{path.name}={hash_file(path)}" for path in files))
 

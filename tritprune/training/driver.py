@@ -239,6 +239,8 @@ class Driver:
             "format": 1,
             "name": run.name,
             "command": run.command,
+            "overrides": run.overrides,
+            "job": run.job,
             "status": status,
             "error": error,
             "started": self._started,
@@ -259,6 +261,8 @@ class Driver:
             },
             "dense_cached": self._cached,
             "artifacts": self._artifacts(),
+            "rows": [],
+            "layers": [],
         }
 
     def _latency(self, models: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
@@ -311,8 +315,7 @@ class Driver:
             "slim": SLIM,
         }
         found = {name: path for name, path in names.items() if name == "report" or (self.run.folder / path).exists()}
-        offline = sorted((self.run.folder / "wandb").glob("*run-*"))
-        return found | ({"wandb": str(offline[-1].relative_to(self.run.folder.path))} if offline else {})
+        return found | ({"wandb": self.run.tracker.location} if self.run.tracker.location else {})
 
     def _timed(self, name: str, stage: Callable[..., Any], *arguments: Any) -> Any:
         start = time.perf_counter()

@@ -5,7 +5,7 @@ numbers. So a resumed phase goes on bit for bit where the interrupted one stoppe
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Run:
     tracker: Tracker
     progress: Progress
     accelerator: Accelerator
+    overrides: list[str] = field(default_factory=list)
+    job: int | None = None
     stop_requested: Callable[[], str | None] = lambda: None
 
     @property

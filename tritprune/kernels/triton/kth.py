@@ -134,8 +134,12 @@ def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) 
     histogram = torch.zeros(PASSES, BINS.value, dtype=torch.int64, device=device)
     layers = [(score.contiguous(), grid) for score, grid in zip(scores, grids, strict=True)]
     launches = [
-        (variant, multi_tensor.tables([_fields(*layer) for layer in members], [grid.units for _, grid in members],
-                                      _BLOCK * _ROUNDS, device))
+        (
+            variant,
+            multi_tensor.tables(
+                [_fields(*layer) for layer in members], [grid.units for _, grid in members], _BLOCK * _ROUNDS, device
+            ),
+        )
         for variant, members in multi_tensor.group_by(layers, lambda layer: _variant(*layer)).items()
     ]
     for number in range(PASSES):

@@ -28,9 +28,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _tied_elements(
-    row_ptr, tile, threshold, n_units, score_ptr, RAGGED: tl.constexpr, BLOCK: tl.constexpr
-):
+def _tied_elements(row_ptr, tile, threshold, n_units, score_ptr, RAGGED: tl.constexpr, BLOCK: tl.constexpr):
     """Scores of a tile, which of its units exist, and the sizes of those that equal the threshold (else 0)."""
     unit = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
     inside = unit < n_units

@@ -60,11 +60,7 @@ def load_size(field_ptr, ALIGNED: tl.constexpr):
 @triton.jit
 def load_stride(field_ptr, ONE: tl.constexpr):
     """A stride of a table, or the 1 that it is known to be."""
-    if ONE:
-        stride = tl.full([], 1, tl.int64)
-    else:
-        stride = tl.load(field_ptr)
-    return stride
+    return tl.full([], 1, tl.int64) if ONE else tl.load(field_ptr)
 
 
 @triton.jit

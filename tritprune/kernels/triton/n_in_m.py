@@ -102,7 +102,7 @@ def _group_scores_kernel(
 
 
 def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
-    """See :func:`tritprune.kernels.reference.n_in_m_masks`; at most one launch for aligned layers and one for others."""
+    """See :func:`tritprune.kernels.reference.n_in_m_masks`; a launch for aligned layers, one for others."""
     masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
     pairs = zip(masks, scores, strict=True)
     for aligned, members in multi_tensor.group_by(pairs, lambda pair: _aligned(*pair)).items():

@@ -89,7 +89,7 @@ def _small_units_kernel(
     w_ptr = load_pointer(row_ptr + 3, W_TYPE, ALIGNED)
     g_ptr = load_pointer(row_ptr + 4, G_TYPE, ALIGNED)
     n_rows = tl.load(row_ptr + 5).to(tl.int32)
-    n_cols = tl.load(row_ptr + 6).to(tl.int32)
+    n_cols = load_size(row_ptr + 6, ALIGNED).to(tl.int32)
     score_stride_r = load_size(row_ptr + 7, ALIGNED and not TRANSPOSED)
     score_stride_c = load_stride(row_ptr + 8, ALIGNED and not TRANSPOSED)
     w_stride_r = load_size(row_ptr + 9, ALIGNED)
@@ -167,7 +167,8 @@ def _large_units_kernel(
 
     value = tl.zeros([BLOCK_U, BLOCK_E], tl.float32)
     bad = tl.zeros([BLOCK_U, BLOCK_E], tl.int32)
-    for start in range(0, elements, BLOCK_E):
+    start = tl.full([], 0, tl.int32)
+    while start < elements:  # not range(): older interpreters cannot take its bound from a table
         e = start + tl.arange(0, BLOCK_E)[None, :]  # [1, BLOCK_E]
         if ONE_COLUMN:
             r = rows[:, None] * n + e  # [BLOCK_U, BLOCK_E]
@@ -185,6 +186,7 @@ def _large_units_kernel(
             value = value.to(tl.float32, bitcast=True)
         else:
             value += f
+        start += BLOCK_E
 
     if REDUCE == "max":
         reduced = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)  # [BLOCK_U]
@@ -266,9 +268,7 @@ def accumulate_unit_scores_(
 ) -> None:
     """See :func:`tritprune.kernels.reference.accumulate_unit_scores_`; one launch per kind of layer."""
     read = weights if gradients is None or form == "magnitude" else gradients
-    layers = [
-        _oriented(index, *layer) for index, layer in enumerate(zip(scores, weights, read, blocks, strict=True))
-    ]
+    layers = [_oriented(index, *layer) for index, layer in enumerate(zip(scores, weights, read, blocks, strict=True))]
     shared = {"FORM": form, "REDUCE": reduce, "HAS_STATE": alpha != 0}
     for variant, members in multi_tensor.group_by(layers, lambda layer: layer.variant).items():
         w_type, g_type, aligned, kind, *rest = variant

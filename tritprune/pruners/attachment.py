@@ -1,0 +1,59 @@
+"""Which pruner is at work on which layer; kept beside the model, so that the model can be copied and saved."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritprune.errors import ConfigError
+from tritprune.patterns import WeightView
+
+_at_work: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
+
+
+def claim(pruner: object, views: Sequence[WeightView]) -> None:
+    """Note that ``pruner`` works on these layers.
+
+    Raises:
+        ConfigError: another pruner does.
+    """
+    for view in views:
+        owner = _owner(view.module)
+        if owner is not None and owner is not pruner:
+            raise ConfigError(f"{view.name} is being pruned by another pruner; detach() that one first")
+    for view in views:
+        _at_work[view.module] = weakref.ref(pruner)
+
+
+def release(pruner: object, views: Sequence[WeightView]) -> None:
+    """Note that ``pruner`` has left these layers."""
+    for view in views:
+        if _owner(view.module) is pruner:
+            del _at_work[view.module]
+
+
+def torch_optimizer(optimizer: Any, views: Sequence[WeightView]) -> torch.optim.Optimizer:
+    """The optimizer whose steps count: the one inside a wrapper (accelerate's) that has no hooks of its own.
+
+    Raises:
+        ConfigError: not an optimizer, or one that has none of the views' weights.
+    """
+    inner = optimizer
+    while "_optimizer_step_pre_hooks" not in vars(inner) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ConfigError(f"attach() needs a torch optimizer, got {type(optimizer).__name__}")
+    held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    if not any(id(view.parameter) in held for view in views):
+        raise ConfigError(
+            f"the optimizer has none of the {len(views)} weights to prune; it may have been made from another copy "
+            "of the model"
+        )
+    return inner
+
+
+def _owner(module: nn.Module) -> object | None:
+    reference = _at_work.get(module)
+    return None if reference is None else reference()

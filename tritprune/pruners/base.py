@@ -1,0 +1,371 @@
+"""The pruner: hooks into an optimizer, counts its steps, updates masks when they are due and applies them always.
+
+    loss.backward()
+    optimizer.step()  -- before: scores from weights and gradients of the forward pass, until the last prune step
+                      -- the step itself
+                      -- after: if due, unit scores -> selection -> masks; masks are applied in place, at every step
+
+So gradient accumulation, evaluation and skipped mixed-precision steps count as they should, and nothing is put into the
+model: it can be saved and copied while the pruner is attached.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tritprune.criteria import Criterion
+from tritprune.errors import CheckpointError, ConfigError, MaskMismatchError
+from tritprune.patterns import Pattern
+from tritprune.pruners.attachment import claim, release, torch_optimizer
+from tritprune.pruners.group import LayerGroup
+from tritprune.pruners.grouping import group_layers
+from tritprune.pruners.masks import LayerMask, MaskSet, pack, unpack
+from tritprune.pruners.reports import LayerCount, PruneEvent, SparsityReport, sparsity_of
+from tritprune.pruners.update import update_masks, warnings_of
+from tritprune.registry import Registry
+from tritprune.schedules import Schedule
+
+P = TypeVar("P", bound="type[Pruner]")
+
+_FORMAT = "tritprune pruner 1"
+
+pruners: "Registry[Pruner]" = Registry("pruner")
+"""Pruners by name."""
+
+
+def register_pruner(name: str) -> Callable[[P], P]:
+    """Class decorator: files a pruner under ``name``.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    return pruners.register(name)
+
+
+def get_pruner(config: str | Mapping[str, Any], **arguments: Any) -> "Pruner":
+    """Make the pruner that ``config`` names, ``"iterative"`` or ``{"name": "one_shot", **settings}``.
+
+    Args:
+        config: a name, or a mapping with ``name`` and settings.
+        arguments: more of its arguments; ``model`` has to be among them.
+
+    Raises:
+        UnknownNameError: unknown name; the message lists the known ones.
+        ConfigError: an unknown or missing setting, or one out of range.
+    """
+    return pruners.build(config, **arguments)
+
+
+@register_pruner("iterative")
+class Pruner:
+    """Prunes a model while it trains.
+
+    ``groups`` are settings per layer group over the other arguments; without them all chosen layers are one group.
+
+    Args:
+        model: whose Linear, Conv and Conv1D layers are pruned, in place.
+        end_step: optimizer step of the last mask update; it asks for exactly the target.
+        criterion: scores of weights: a name, a mapping with ``name``, or a Criterion.
+        pattern: units: ``4x1``, ``channelx1``, ``2:4``, ``heads``, a mapping with ``name``, or a Pattern.
+        schedule: how sparsity grows from ``start_step`` to ``end_step``.
+        scope: ``global``: the units of a group's layers compete; ``local``: within their layer.
+        target_sparsity: zeros / elements of the prunable layers in the end, in [0, 1).
+        initial_sparsity: the same, asked for at ``start_step``.
+        start_step: optimizer step of the first mask update; 0 is before the first step (in :meth:`attach`).
+        frequency: optimizer steps between mask updates.
+        include: exact dotted layer names or globs: ``*`` is one part of a name, ``**`` any number of parts.
+        exclude: the same, stronger than ``include``.
+        exclude_head: leave the classifier head out.
+        min_layer_sparsity: hard floor of every layer, reached with the target; until then it grows as the target does.
+        max_layer_sparsity: hard cap of every layer.
+        reduce: mean, sum or max of a unit's elements.
+        regrow: a pruned unit may come back, from zero; without it masks only shrink.
+        reset_state: keep the optimizer's state (momentum) of pruned weights at zero.
+        groups: mappings that override any of criterion to reset_state for the layers that they include; each may
+            have a ``name``.
+        seed: for criteria that draw random numbers.
+
+    Raises:
+        UnknownNameError: an unknown criterion, pattern or schedule.
+        ConfigError: a setting out of range, settings that contradict each other, a glob without a match, a layer in
+            two groups.
+        BudgetError: caps or floors that contradict the target.
+
+    Example:
+        >>> pruner = Pruner(model, target_sparsity=0.9, end_step=1000).attach(optimizer)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        end_step: int,
+        criterion: str | Mapping[str, Any] | Criterion = "snip_momentum",
+        pattern: str | Mapping[str, Any] | Pattern = "4x1",
+        schedule: str | Mapping[str, Any] | Schedule = "cubic",
+        scope: str = "global",
+        target_sparsity: float = 0.9,
+        initial_sparsity: float = 0.0,
+        start_step: int = 0,
+        frequency: int = 1,
+        include: Sequence[str] = ("**",),
+        exclude: Sequence[str] = (),
+        exclude_head: bool = True,
+        min_layer_sparsity: float = 0.0,
+        max_layer_sparsity: float = 1.0,
+        reduce: str = "mean",
+        regrow: bool = False,
+        reset_state: bool = False,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        settings = dict(locals())  # the arguments, by name: those of GroupSettings
+        for name in ("self", "model", "groups", "seed"):
+            del settings[name]
+        grouping = group_layers(model, settings, groups, seed)
+        self.model = model
+        self.layers, self.excluded = grouping.layers, grouping.excluded
+        self._groups = grouping.groups
+        self._views = [view for group in self._groups for view in group.views]
+        self.step = 0
+        self.last_event: PruneEvent | None = None
+        self.last_timing: dict[str, float] = {"score": 0.0, "mask": 0.0}
+        self._counts = {layer.name: LayerCount(layer.units, layer.units, 0, layer.elements, 0) for layer in self.layers}
+        self._begun = False
+        self._skips_step = False
+        self._warned: set[str] = set()
+        self._callbacks: list[Callable[[PruneEvent], None]] = []
+        self._handles: list[Any] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def masks(self) -> MaskSet:
+        """The masks in force, by layer name in registration order."""
+        masks = {
+            view.name: LayerMask(mask, block, view.kind, view.weight_shape)
+            for group in self._groups
+            for view, mask, block in zip(group.views, group.flat_masks, group.blocks, strict=True)
+        }
+        return MaskSet({layer.name: masks[layer.name] for layer in self.layers})
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """The scores of every layer's blocks while there are any: fp32, by layer name."""
+        return {
+            view.name: score
+            for group in self._groups
+            if group.scores is not None
+            for site, scores in zip(group.sites, group.scores, strict=True)
+            for view, score in zip(site.views, scores, strict=True)
+        }
+
+    @property
+    def final_step(self) -> int:
+        """The last step at which a mask can change."""
+        return max(group.times.last for group in self._groups)
+
+    def target_at(self, step: int) -> float:
+        """The sparsity over all prunable layers that is asked for after ``step`` optimizer steps."""
+        elements = sum(group.elements for group in self._groups)
+        if len(self._groups) == 1:
+            return self._groups[0].target_at(step)
+        return sum(group.target_at(step) * group.elements for group in self._groups) / elements
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> "Pruner":
+        """Go to work at every step of ``optimizer``; a prune step at step 0 happens now.
+
+        Raises:
+            ConfigError: attached already, the optimizer has none of the pruned weights, or another pruner is at work on
+                one of the layers.
+            NonFiniteScoreError: at a prune step at step 0.
+        """
+        if self._optimizer is not None:
+            raise ConfigError("the pruner is attached already; detach() it first")
+        inner = torch_optimizer(optimizer, self._views)
+        for group in self._groups:
+            group.follow_device()
+        claim(self, self._views)
+        self._optimizer = inner
+        self._handles = [
+            inner.register_step_pre_hook(self._before_step),
+            inner.register_step_post_hook(self._after_step),
+        ]
+        try:
+            self._begin()
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Stop working; masks stay as they are and are no longer applied. Does nothing if not attached."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._optimizer = None
+        release(self, self._views)
+
+    def on_update(self, callback: Callable[[PruneEvent], None]) -> None:
+        """Call ``callback`` with the event of every mask update, after the masks are in force."""
+        self._callbacks.append(callback)
+
+    @torch.no_grad()
+    def apply_masks_(self) -> None:
+        """Zero what is pruned, in place and in the same storage."""
+        for group in self._groups:
+            group.follow_device()
+            group.apply_()
+
+    def sparsity(self) -> SparsityReport:
+        """The zeros that the model's weights have now, over three denominators."""
+        return sparsity_of(self.model, [layer.name for layer in self.layers])
+
+    def layer_report(self) -> list[dict[str, Any]]:
+        """One row a layer: name, group, pattern, shape, elements, unit, units, kept_units, zeros, sparsity.
+
+        Zeros are those of the mask.
+        """
+        shapes = {view.name: view.shape for view in self._views}
+        rows: list[dict[str, Any]] = []
+        for layer in self.layers:
+            count = self._counts[layer.name]
+            rows.append(
+                {
+                    "name": layer.name,
+                    "group": layer.group,
+                    "pattern": layer.pattern,
+                    "shape": list(shapes[layer.name]),
+                    "elements": layer.elements,
+                    "unit": layer.unit,
+                    "units": layer.units,
+                    "kept_units": count.kept,
+                    "zeros": count.zeros,
+                    "sparsity": count.zeros / layer.elements,
+                }
+            )
+        return rows
+
+    def digest(self) -> str:
+        """SHA-256 of all masks, equal on every device and process that has the same ones."""
+        return self.masks.digest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that pruning needs to go on bit for bit: tensors and plain Python only."""
+        return {
+            "format": _FORMAT,
+            "step": self.step,
+            "begun": self._begun,
+            "warned": sorted(self._warned),
+            "masks": {name: {"bits": pack(m.mask), **m.describe()} for name, m in self.masks.items()},
+            "groups": {group.name: group.state_dict() for group in self._groups},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave, and apply its masks to the model's weights.
+
+        Raises:
+            CheckpointError: not a pruner's state.
+            MaskMismatchError: the state is of other layers, blocks or groups.
+        """
+        if state.get("format") != _FORMAT:
+            raise CheckpointError(f"this is not a pruner's state: its format is {state.get('format')!r}")
+        own = self.masks
+        wanted = {name: mask.describe() for name, mask in own.items()}
+        found = {name: {k: v for k, v in entry.items() if k != "bits"} for name, entry in state["masks"].items()}
+        if wanted != found or {group.name for group in self._groups} != set(state["groups"]):
+            raise MaskMismatchError(_difference(wanted, found, [group.name for group in self._groups], state))
+        for group in self._groups:
+            group.follow_device()
+            bits = {name: state["masks"][name]["bits"] for name in (view.name for view in group.views)}
+            group.load_masks({name: unpack(packed, own[name].grid.shape) for name, packed in bits.items()})
+            group.load_state_dict(state["groups"][group.name])
+            self._counts |= group.count()
+        self.step, self._begun, self._warned = state["step"], state["begun"], set(state["warned"])
+        self.apply_masks_()
+
+    def _begin(self) -> None:
+        """The prune step at step 0, once."""
+        if self._begun:
+            return
+        self._begun = True
+        due = [group for group in self._groups if self.step == 0 and group.times.due(0) and group.target_at(0) > 0]
+        if due:
+            with torch.no_grad():
+                for group in due:
+                    group.update_scores_()
+                event = self._update_masks(due)
+                self._apply()
+            self._tell(event)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Scores: from the weights before the update, and only while a mask update is still to come."""
+        started = time.perf_counter()
+        # A fused optimizer is given the loss scale and decides on the device whether to skip: then both are read here.
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        self._skips_step = isinstance(found_inf, Tensor) and bool(found_inf)
+        if not self._skips_step:
+            for group in self._groups:
+                group.follow_device()
+                if group.scores_due(self.step + 1):
+                    group.update_scores_(scale)
+        self.last_timing = {"score": time.perf_counter() - started, "mask": 0.0}
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Masks: updated if due, applied always."""
+        if self._skips_step:
+            return
+        started = time.perf_counter()
+        self.step += 1
+        due = [group for group in self._groups if group.times.due(self.step)]
+        event = self._update_masks(due) if due else None
+        self._apply(optimizer)
+        self.last_timing["mask"] = time.perf_counter() - started
+        if event is not None:
+            self._tell(event)
+
+    def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        for group in self._groups:
+            group.apply_()
+            if optimizer is not None:
+                group.reset_state_(optimizer)
+
+    def _tell(self, event: PruneEvent) -> None:
+        for callback in self._callbacks:
+            callback(event)
+
+    def _update_masks(self, due: list[LayerGroup]) -> PruneEvent:
+        unchanged = {n: LayerCount(c.units, c.kept, 0, c.elements, c.zeros) for n, c in self._counts.items()}
+        update = update_masks(due, self.step)
+        self._counts = unchanged | update.counts
+        warnings = warnings_of(due, self._counts, self.step)
+        fresh = tuple(text for key, text in warnings.items() if key not in self._warned)
+        self._warned |= warnings.keys()
+        counts = self._counts.values()
+        self.last_event = PruneEvent(
+            step=self.step,
+            target=self.target_at(self.step),
+            sparsity=sum(count.zeros for count in counts) / sum(count.elements for count in counts),
+            flip_rate=update.changed / sum(site.grid.units for group in self._groups for site in group.sites),
+            layers=dict(self._counts),
+            skipped_gradients=update.skipped,
+            warnings=fresh,
+        )
+        return self.last_event
+
+
+def _difference(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], groups: list[str], state: Mapping[str, Any]
+) -> str:
+    for name in wanted.keys() | found.keys():
+        if wanted.get(name) != found.get(name):
+            return (
+                f"the pruner's state does not fit: {name} is {wanted.get(name, 'not pruned')} here "
+                f"and {found.get(name, 'not pruned')} in the state"
+            )
+    return f"the pruner's state does not fit: groups {groups} here, {list(state['groups'])} in the state"

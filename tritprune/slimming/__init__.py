@@ -1,0 +1,38 @@
+"""Slimming: cut what a mask left dead out of a model, and prove that the outputs stay the same."""
+
+from tritprune.slimming.certificate import Certificate, certify, check_saved
+from tritprune.slimming.latency import Latency, measure, measure_together
+from tritprune.slimming.leftovers import Refusal
+from tritprune.slimming.searchers import (
+    ClassifierHeadSearcher,
+    JitBasicSearcher,
+    Linear2LinearSearcher,
+    RecipeSearcher,
+    SelfMHASearcher,
+    get_attributes,
+    get_common_module,
+    print_iterables,
+)
+from tritprune.slimming.slimmer import Cut, SlimResult, slim, slim_model
+
+__all__ = [
+    "Certificate",
+    "ClassifierHeadSearcher",
+    "Cut",
+    "JitBasicSearcher",
+    "Latency",
+    "Linear2LinearSearcher",
+    "RecipeSearcher",
+    "Refusal",
+    "SelfMHASearcher",
+    "SlimResult",
+    "certify",
+    "check_saved",
+    "get_attributes",
+    "get_common_module",
+    "measure",
+    "measure_together",
+    "print_iterables",
+    "slim",
+    "slim_model",
+]
