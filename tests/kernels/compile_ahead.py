@@ -5,9 +5,10 @@
 The launchers run on every case with the one launching function replaced by a recorder, so that signatures come from
 real calls. Prints one JSON object: variant -> {"fault": null or what is wrong, and figures of the machine code}.
 On CUDA targets a variant must compile, use no stack and no local memory (no spills), as ``cuobjdump`` of the triton
-wheel reports, and load wide where it was promised aligned addresses; on HIP targets it must compile without spilled vector registers. ``--representative`` takes one
-variant of each kernel, alignment, type and orientation instead of every block, form and reduction too. ``--probe``
-compiles a kernel that must be refused instead: a gate that cannot fail is none. Test helper, not a test module: it must not be interpreted.
+wheel reports, and load wide where it was promised aligned addresses; on HIP targets it must compile without spilled
+vector registers. ``--representative`` takes one variant of each kernel, alignment, type and orientation instead of
+every block, form and reduction too. ``--probe`` compiles a kernel that must be refused instead: a gate that cannot
+fail is none. Test helper, not a test module: it must not be interpreted.
 """
 
 import argparse

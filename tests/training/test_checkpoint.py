@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,12 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(RunFolderError, match=r"cannot be written.*run_dir"):
         RunFolder(tmp_path / "file" / "run")
+
+
+def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=5 * 2**20))
+    with pytest.raises(RunFolderError, match=r"has 5 MiB free .* about 12 MiB"):
+        RunFolder(tmp_path).check_room_for(torch.nn.Linear(512, 512, bias=False))
 
 
 def test_the_newest_unfinished_run_of_the_same_config_is_found(tmp_path):

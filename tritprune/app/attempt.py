@@ -24,7 +24,7 @@ from tritprune.tasks import get_task
 from tritprune.tracking import Tracker, get_tracker
 from tritprune.training.checkpoint import RunFolder, find_resumable, fingerprint, write_json
 from tritprune.training.driver import RESULT, Driver, Plan
-from tritprune.training.loop import Run
+from tritprune.training.loop import Run, agree
 from tritprune.training.progress import Progress
 from tritprune.training.provenance import git_state
 from tritprune.training.settings import TrainingSettings
@@ -113,13 +113,19 @@ class Attempt:
         progress = Progress(self.console, silent=not accelerator.is_main_process)
         with progress.status("reading the data"):
             task.prepare()
-            plan.make_pruner(task.build_model(config["seed"]))
+            model = task.build_model(config["seed"])
+            pruner = plan.make_pruner(model)
+        self._folder = self._choose_folder(progress)
+        self._folder.check_room_for(model)
+        if self._folder.read_state().get("status") == "finished":
+            progress.say(f"already finished: {self._folder.path}")
+            return
         run = Run(
             name=config["name"],
             command=self.command,
             overrides=self.overrides,
             job=config["job"],
-            folder=RunFolder(Path()),
+            folder=self._folder,
             task=task,
             settings=settings,
             seed=config["seed"],
@@ -128,12 +134,7 @@ class Attempt:
             accelerator=accelerator,
             stop_requested=lambda: stop.reason,
         )
-        run.folder = self._folder = self._choose_folder(run)
-        finished = self._finished_before()
-        if finished:
-            progress.say(f"already finished: {self._folder.path}")
-            return
-        progress.say(composition(config, run, plan))
+        progress.say(composition(config, run, pruner))
         self._driver = Driver(run, plan)
         self._tracker = tracker
         if accelerator.is_main_process:
@@ -176,7 +177,7 @@ class Attempt:
     def _fingerprint(self) -> str:
         return fingerprint({k: v for k, v in self.config.items() if k not in BESIDE_THE_NUMBERS})
 
-    def _choose_folder(self, run: Run) -> RunFolder:
+    def _choose_folder(self, progress: Progress) -> RunFolder:
         """A new folder, or the one to resume; the same on every process."""
         config, wanted = self.config, self._fingerprint()
         parent = Path("outputs") / config["name"]
@@ -197,18 +198,14 @@ class Attempt:
         if resume == "auto":
             found = given if given is not None else find_resumable(parent, wanted)
             if found is not None and found.is_dir() and RunFolder(found).read_state().get("fingerprint") == wanted:
-                return RunFolder(run.agree(found))
-            run.progress.say("resume=auto: no unfinished run of this config; starting a new one")
-        path = run.agree(given or parent / time.strftime("%Y-%m-%d_%H-%M-%S"))
+                return RunFolder(agree(found))
+            progress.say("resume=auto: no unfinished run of this config; starting a new one")
+        path = agree(given or parent / time.strftime("%Y-%m-%d_%H-%M-%S"))
         if given is not None and (given / "run.json").exists():
             raise RunFolderError(
                 f"run_dir={given} holds a run already; add resume=auto to go on with it, or choose another"
             )
         return RunFolder(path)
-
-    def _finished_before(self) -> bool:
-        assert self._folder is not None
-        return self._folder.read_state().get("status") == "finished"
 
 
 def _import_plugin(name: str) -> None:

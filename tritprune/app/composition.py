@@ -11,7 +11,6 @@ from tritprune.errors import ConfigError
 from tritprune.pruners import Pruner, get_pruner
 from tritprune.schedules import resolve_step
 from tritprune.tasks import Task
-from tritprune.training.driver import Plan
 from tritprune.training.loop import Run
 from tritprune.training.settings import TrainingSettings
 
@@ -45,9 +44,9 @@ class PrunerMaker:
         return get_pruner(values, model=model)
 
 
-def composition(config: Mapping[str, Any], run: Run, plan: Plan) -> Table:
+def composition(config: Mapping[str, Any], run: Run, pruner: Pruner) -> Table:
     """What was composed, in a dozen lines."""
-    settings, pruner = run.settings, config["pruner"]
+    settings, chosen = run.settings, config["pruner"]
     table = Table(
         title=f"tritprune {config['name']}", title_justify="left", show_header=False, box=None, padding=(0, 2)
     )
@@ -60,23 +59,27 @@ def composition(config: Mapping[str, Any], run: Run, plan: Plan) -> Table:
         f"{task.n_train:,} to train on, {task.n_eval:,} held out, {len(task.labels)} classes, "
         f"hash {task.data_hash[:12]}",
     )
-    for group in pruner["groups"] or [{}]:
-        merged = {**config, **pruner, **group}
+    for group in chosen["groups"] or [{}]:
+        merged = {**config, **chosen, **group}
         label = f"prune {group['name']}" if group.get("name") else "prune"
         table.add_row(
             label,
             f"{_brief(merged['criterion'])}, pattern {_brief(merged['pattern'])}, {merged['scope']} scope, "
             f"target sparsity {merged['target_sparsity']:g}, {_brief(merged['schedule'])} schedule",
         )
-    end = plan.make_pruner(task.build_model(run.seed)).final_step
+    elements = sum(layer.elements for layer in pruner.layers)
+    table.add_row(
+        "layers", f"{len(pruner.layers)} with {elements:,} weights are pruned, {len(pruner.excluded)} left out"
+    )
+    end = pruner.final_step
     distillation = f", distilled (weight {settings.distillation.weight:g})" if settings.distillation.weight else ""
     table.add_row(
         "steps",
         f"{settings.dense.steps} dense, {end} prune, {settings.prune.steps - end} recover, "
         f"batch {settings.batch_size}{distillation}",
     )
-    slimmer = "slim by traced graph, with certificate" if plan.tracer else "no slimming"
-    table.add_row("then", slimmer + (", random-mask control" if plan.control else ""))
+    slimmer = "slim by traced graph, with certificate" if config["slimmer"]["tracer"] else "no slimming"
+    table.add_row("then", slimmer + (", random-mask control" if config["control"] else ""))
     processes = f", {run.accelerator.num_processes} processes" if run.accelerator.num_processes > 1 else ""
     table.add_row(
         "on", f"{run.device}, {settings.precision}, {torch.get_num_threads()} threads, seed {run.seed}{processes}"

@@ -6,8 +6,6 @@
   the last place of fp32: what the four roundings after the sum may cost.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -103,7 +101,7 @@ def expected_results(case: Case) -> list[Tensor]:
 
 def _refuse(where: str, different: Tensor, actual: Tensor, expected: Tensor) -> None:
     if bool(different.any()):
-        first = tuple(cast("list[int]", different.nonzero()[0].tolist()))
+        first = tuple(int(place) for place in different.nonzero()[0])
         raise AssertionError(
             f"{where}: {int(different.sum())} of {different.numel()} differ; at {list(first)} "
             f"got {actual[first].item()!r}, expected {expected[first].item()!r}"

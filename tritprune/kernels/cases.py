@@ -95,7 +95,7 @@ def _score_cases() -> Iterator[Case]:
         yield _scores(f"{block[0]}x{block[1]}", UGLY, block)
     for block in ((4, 1), (1, 1), (1, 4)):
         yield _scores(f"aligned {block[0]}x{block[1]}", WIDE, block)
-    for reduce in ("mean", "sum", "max"):
+    for reduce in ("mean", "max"):
         for block in ((5, 7), (16, 16), (40, 30)):
             yield _scores(f"large {block[0]}x{block[1]} {reduce}", UGLY, block, reduce=reduce, exact=reduce == "max")
         for block in (("R", 1), (1, "C"), ("R", "C")):
@@ -182,7 +182,7 @@ def _n_in_m_cases() -> Iterator[Case]:
     shapes = [*UGLY, *WIDE]
     for op in ("n_in_m_masks", "n_in_m_group_scores"):
         for n, m in ((2, 4), (1, 4), (5, 8), (3, 7), (9, 20)):
-            yield _n_in_m(op, f"{n}:{m}", n, m, shapes)
+            yield _n_in_m(op, f"{n}:{m}", n, m, shapes if m <= 8 else ((10, 7), (3, 130), *WIDE[:1]))
         yield _n_in_m(op, "ties", 2, 4, shapes, values="ties")
         yield _n_in_m(op, "all equal", 3, 8, shapes, values="zero")
         yield _n_in_m(op, "infinities", 2, 4, shapes, values="one infinity")

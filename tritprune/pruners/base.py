@@ -291,7 +291,6 @@ class Pruner:
         """The prune step at step 0, once."""
         if self._begun:
             return
-        self._begun = True
         due = [group for group in self._groups if self.step == 0 and group.times.due(0) and group.target_at(0) > 0]
         if due:
             with torch.no_grad():
@@ -300,6 +299,7 @@ class Pruner:
                 event = self._update_masks(due)
                 self._apply()
             self._tell(event)
+        self._begun = True
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -362,10 +362,15 @@ class Pruner:
 def _difference(
     wanted: Mapping[str, Any], found: Mapping[str, Any], groups: list[str], state: Mapping[str, Any]
 ) -> str:
-    for name in wanted.keys() | found.keys():
+    for name in {**wanted, **found}:
         if wanted.get(name) != found.get(name):
-            return (
-                f"the pruner's state does not fit: {name} is {wanted.get(name, 'not pruned')} here "
-                f"and {found.get(name, 'not pruned')} in the state"
-            )
+            here, there = (_describe(layers.get(name)) for layers in (wanted, found))
+            return f"the pruner's state does not fit: {name} is {here} here and {there} in the state"
     return f"the pruner's state does not fit: groups {groups} here, {list(state['groups'])} in the state"
+
+
+def _describe(layer: Mapping[str, Any] | None) -> str:
+    if layer is None:
+        return "not pruned"
+    n, m = layer["block"]
+    return f"a {layer['kind']} weight {layer['weight_shape']} in blocks of {n}x{m}"

@@ -10,7 +10,7 @@ from tritprune.errors import ConfigError
 from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.layers import Exclusion, Inventory, choose, take_inventory
 from tritprune.pruners.reports import PrunedLayer
-from tritprune.pruners.settings import GroupSettings, resolve_groups
+from tritprune.pruners.settings import GroupSettings, check_groups, resolve_groups
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def group_layers(
         ConfigError: a setting, a glob or a layer in two groups.
         BudgetError: caps or floors that contradict a target.
     """
+    check_groups(groups)
     inventory = take_inventory(model)
     built: list[LayerGroup] = []
     excluded = list(inventory.excluded)

@@ -71,6 +71,17 @@ class GroupSettings:
         return PruneTimes(self.start_step, self.end_step, self.frequency)
 
 
+def check_groups(groups: object) -> None:
+    """Refuse what is no list of mappings.
+
+    Raises:
+        ConfigError: something else.
+    """
+    fits = groups is None or (isinstance(groups, Sequence) and all(isinstance(group, Mapping) for group in groups))
+    if not fits:
+        raise ConfigError(f"groups is a list of mappings, one per layer group, got {groups!r}")
+
+
 def resolve_groups(defaults: GroupSettings, groups: Sequence[Mapping[str, Any]] | None) -> list[GroupSettings]:
     """The settings of every group: ``defaults`` overridden by each mapping. No group: the defaults alone.
 
@@ -79,8 +90,6 @@ def resolve_groups(defaults: GroupSettings, groups: Sequence[Mapping[str, Any]] 
     """
     if not groups:
         return [defaults]
-    if isinstance(groups, str | Mapping):
-        raise ConfigError(f"groups is a list of mappings, got {type(groups).__name__}")
     accepted = {field.name for field in fields(GroupSettings)}
     resolved: list[GroupSettings] = []
     for number, overrides in enumerate(groups):

@@ -5,6 +5,7 @@ The proof can be saved and held against a model that was loaded in another proce
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,6 +103,7 @@ class Certificate:
             temporary.replace(folder / TENSORS)
             written = folder / (RECORD + ".tmp")
             written.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            shutil.copymode(written, folder / TENSORS)  # safetensors makes files that only their owner reads
             written.replace(folder / RECORD)
         except (OSError, SafetensorError) as error:
             raise RunFolderError(f"the certificate cannot be written to {folder}: {error}") from error

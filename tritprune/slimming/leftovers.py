@@ -61,14 +61,18 @@ class _Explainer:
     def __init__(self, linears: Linears, blocks: list[FeedForward], attentions: list[Attention]) -> None:
         self.linears, self.graph = linears, linears.graph
         self._of_root = {block.root: block for block in blocks}
-        self._of_frontier = {name: block for block in blocks for name in block.frontier}
+        self._of_frontier: dict[str, list[FeedForward]] = {}
+        for block in blocks:
+            for name in block.frontier:
+                self._of_frontier.setdefault(name, []).append(block)
         self._feeding = {n: a for a in attentions for n in (*a.query, *a.key, *a.value)}
         self._merging = {attention.output: attention for attention in attentions}
 
     def is_last_unit(self, name: str, kind: str, width: int) -> bool:
         """Whether this is the one unit of a block without live units, which is reported with the block."""
-        block = self._of_frontier.get(name) if kind == "rows" else self._of_root.get(name)
-        return block is not None and block.obstacle is None and width == 1
+        root = self._of_root.get(name)
+        blocks = self._of_frontier.get(name, []) if kind == "rows" else [root] if root else []
+        return width == 1 and any(block.obstacle is None for block in blocks)
 
     def why_rows_stay(self, name: str) -> str:
         """Why outputs of the linear cannot be removed."""
@@ -78,7 +82,10 @@ class _Explainer:
         if name in self._feeding:
             return self._about_heads(self._feeding[name])
         if name in self._of_frontier:
-            return self._of_frontier[name].obstacle or "their units live through the other linears of the block"
+            blocks = self._of_frontier[name]
+            if len(blocks) > 1:
+                return f"they feed {len(blocks)} linears at once: {', '.join(block.root for block in blocks)}"
+            return blocks[0].obstacle or "their units live through the other linears of the block"
         value = node.output
         while True:
             if self.graph.is_output(value):
@@ -89,9 +96,9 @@ class _Explainer:
             if len(readers) > 1:
                 return f"they are read by {self._names(readers)}"
             reader = readers[0]
-            added = [operand.parameter for operand in reader.inputs if operand.parameter]
-            if base_kind(reader) == "add" and added:
-                return f"they are added to the parameter {added[0]}"
+            parameters = [operand.parameter for operand in reader.inputs if operand.parameter]
+            if is_elementwise(reader) and parameters:
+                return f"{base_kind(reader)} combines them with the parameter {parameters[0]}"
             if base_kind(reader) == "add" and not any(operand.is_constant for operand in reader.inputs[:2]):
                 return f"they feed a residual add; {self._sharers(reader.output)}"
             if not is_elementwise(reader):

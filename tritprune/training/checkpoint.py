@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tritprune.errors import CheckpointError, RunFolderError
 
@@ -62,6 +63,21 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    def check_room_for(self, model: nn.Module) -> None:
+        """Refuse a disk on which the run could not end.
+
+        Raises:
+            RunFolderError: less is free than a run of this model writes; the message has both numbers.
+        """
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        needed = 12 * weights  # two checkpoints of weights, two optimizer states and scores; three models
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise RunFolderError(
+                f"{self.path} has {free / 2**20:,.0f} MiB free and this run needs about {needed / 2**20:,.0f} MiB; "
+                "make room or choose another folder with run_dir=..."
+            )
 
     def read_state(self) -> dict[str, Any]:
         """``run.json``, or an empty dict where there is none yet."""

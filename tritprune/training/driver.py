@@ -5,7 +5,6 @@ first stage that is missing one. What a stage does is in the method of its name,
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritprune.errors import CertificateError, RunFolderError
+from tritprune.errors import CertificateError
 from tritprune.export import load_model, save_model
 from tritprune.pruners import Pruner, SparsityReport, sparsity_of
 from tritprune.report import heatmap_png, write_report
@@ -24,7 +23,7 @@ from tritprune.slimming.latency import measure_together
 from tritprune.training import provenance
 from tritprune.training.checkpoint import write_json
 from tritprune.training.dense_cache import DenseCache
-from tritprune.training.loop import Loop, Run
+from tritprune.training.loop import Loop, Run, agree
 
 PRUNED, SLIM, PRUNING, CONTROL, SLIMMING = "pruned", "slim", "pruning.json", "control.json", "slimming.json"
 MASKS, RESULT = "masks.safetensors", "result.json"
@@ -71,7 +70,6 @@ class Driver:
             InterruptedRunError: a signal came; the state is saved and the message says how to go on.
             TritpruneError: whatever a stage refuses; ``result.json`` and the report say so.
         """
-        self._check_before_training()
         dense, dense_metrics = self._timed("dense", self.dense)
         pruned = self._timed("prune", self.prune, dense)
         if self.plan.control:
@@ -84,26 +82,11 @@ class Driver:
         self.run.accelerator.wait_for_everyone()
         return self._result
 
-    def _check_before_training(self) -> None:
-        """Refuse what cannot work while nothing has been spent: the pruner's settings and the disk."""
-        model = self.run.task.build_model(self.run.seed)
-        self.plan.make_pruner(model)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        needed = (
-            8 * weights
-        )  # checkpoint (weights, two optimizer states, scores) twice while it is replaced, and the models
-        free = shutil.disk_usage(self.run.folder.path).free
-        if free < needed:
-            raise RunFolderError(
-                f"{self.run.folder.path} has {free / 2**20:,.0f} MiB free and this run needs about "
-                f"{needed / 2**20:,.0f} MiB; make room or choose another folder with run_dir=..."
-            )
-
     def dense(self) -> tuple[nn.Module, dict[str, float]]:
         """Fine-tune the dense model, or take it from the cache."""
         run, cache = self.run, DenseCache(self.plan.cache)
         key = cache.key(run.task, run.settings, run.seed, run.accelerator.num_processes)
-        known = cache.load(key) if run.agree(cache.path(key).exists()) else None
+        known = cache.load(key) if agree(cache.path(key).exists()) else None
         if known is not None:
             self._cached = True
             run.progress.say(f"dense    taken from {cache.path(key)} (same task, data, seed and settings)")
@@ -122,7 +105,7 @@ class Driver:
     def prune(self, dense: nn.Module) -> nn.Module:
         """Prune while training, then recover with the masks fixed; leaves ``pruned/`` and the masks."""
         run = self.run
-        if run.agree((run.folder / PRUNING).exists()):
+        if agree((run.folder / PRUNING).exists()):
             run.progress.say("prune    done already: taken from the run folder")
             return load_model(run.folder / PRUNED)
         model, pruner = self._pruning_phase(dense, "prune", criterion=None)
@@ -138,7 +121,7 @@ class Driver:
     def control(self, dense: nn.Module) -> None:
         """The same budget, schedule and training with random masks: what the criterion is worth."""
         run = self.run
-        if run.agree((run.folder / CONTROL).exists()):
+        if agree((run.folder / CONTROL).exists()):
             return
         model, pruner = self._pruning_phase(dense, "control", criterion=self.plan.control)
         if run.is_main:

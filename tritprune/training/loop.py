@@ -63,11 +63,12 @@ class Run:
             self.curve_file().append(record)
             self.tracker.log(record[curves.STEP], {k: v for k, v in record.items() if k != curves.STEP})
 
-    def agree(self, value: Any) -> Any:
-        """The main process's value, on every process."""
-        box = [value]
-        broadcast_object_list(box)
-        return box[0]
+
+def agree(value: Any) -> Any:
+    """The main process's value, on every process."""
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]
 
 
 class Loop:
@@ -209,6 +210,8 @@ class Loop:
     def _on_mask_update(self, event: PruneEvent) -> None:
         assert self.pruner is not None
         self._event = event
+        if self.run.accelerator.num_processes == 1:
+            return
         digests = gather_object([self.pruner.digest()])
         if len(set(digests)) > 1:
             lines = ", ".join(f"process {i}: {digest[:12]}" for i, digest in enumerate(digests))
@@ -264,7 +267,7 @@ class Loop:
             self.save()
 
     def _stop_if_asked(self) -> None:
-        reason = self.run.agree(self.run.stop_requested())
+        reason = agree(self.run.stop_requested())
         if reason:
             self.save()
             self._bar.close()
