@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -41,7 +43,7 @@ def chains(draw):
     widths = draw(st.lists(st.integers(1, 6), min_size=3, max_size=5))
     torch.manual_seed(draw(st.integers(0, 1000)))
     layers = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         linear = nn.Linear(inputs, outputs, bias=draw(st.booleans()))
         with torch.no_grad():
             linear.weight[draw(st.lists(st.integers(0, outputs - 1), max_size=outputs))] = 0
@@ -143,11 +145,17 @@ def test_gated_block_keeps_a_unit_whose_other_factor_lives():
     [
         (lambda m, x: m.down(torch.relu(h := m.up(x))) + m.other(h), "they feed 2 linears at once: down, other"),
         (lambda m, x: m.down(h := torch.relu(m.up(x))) + m.other(h), "they feed 2 linears at once: down, other"),
-        (lambda m, x: m.down(h := torch.relu(m.up(x))) + m.other(h.softmax(-1)), "outside of the block too, by softmax"),
+        (
+            lambda m, x: m.down(h := torch.relu(m.up(x))) + m.other(h.softmax(-1)),
+            "outside of the block too, by softmax",
+        ),
         (lambda m, x: (m.down(h := torch.relu(m.up(x))), h), "the model also returns them"),
         (lambda m, x: m.down(torch.relu(m.up(m.down(m.up(x))))), "its weight is read 2 times in one forward pass"),
         (lambda m, x: m.down(h := m.up(x)) / h.size(-1), "by size"),
-        (lambda m, x: m.down(torch.relu(m.up(x))) + m.up.weight.sum(), "its weight is read 2 times in one forward pass"),
+        (
+            lambda m, x: m.down(torch.relu(m.up(x))) + m.up.weight.sum(),
+            "its weight is read 2 times in one forward pass",
+        ),
         (lambda m, x: m.down(torch.relu(m.up(x)) + m.gate(x)) + m.other(m.gate(x)), "read 2 times"),
     ],
 )

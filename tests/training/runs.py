@@ -44,7 +44,11 @@ def make_run(folder: Path, task: Task, options: TrainingSettings, *, seed: int =
         seed=seed,
         tracker=get_tracker("none"),
         progress=Progress(Console(quiet=True)),
-        accelerator=Accelerator(cpu=True, gradient_accumulation_steps=options.accumulate),
+        accelerator=Accelerator(
+            cpu=True,
+            gradient_accumulation_steps=options.accumulate,
+            mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
+        ),
         stop_requested=stop or (lambda: None),
     )
 

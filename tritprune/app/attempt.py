@@ -40,8 +40,9 @@ def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console)
         ["python -m tritprune", *(shlex.quote(o) for o in overrides if not o.startswith(("resume=", "run_dir=")))]
     )
     attempt = Attempt(config, command, overrides, console)
+    stop = StopRequest()
     try:
-        with stop_signals(console) as stop:
+        with stop_signals(stop, console):
             attempt.execute(stop)
         return 0
     except InterruptedRunError as error:

@@ -18,9 +18,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_signals(console: Console) -> Iterator[StopRequest]:
+def stop_signals(stop: StopRequest, console: Console) -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into a request that is honoured after the current step; a second one stops at once."""
-    stop = StopRequest()
 
     def ask(number: int, _frame: object) -> None:
         if stop.reason is not None:
@@ -31,7 +30,7 @@ def stop_signals(console: Console) -> Iterator[StopRequest]:
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -29,7 +29,7 @@ class Random(Criterion):
     def initial_scores(self, layer: str, grid: UnitGrid, device: torch.device, seed: int) -> Tensor:
         """The scores for good: fp32 ``[rows, cols]``."""
         seed = seed if self.seed is None else self.seed
-        digest = hashlib.sha256(f"{seed}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.rand(grid.shape, generator=generator, dtype=torch.float32).to(device)
 

@@ -292,5 +292,5 @@ def _next_linear(value: Value, linears: Linears) -> str | None:
 
 
 def _is_data(value: Value) -> bool:
-    """A tensor of real numbers; sizes, indices and bool masks lead elsewhere."""
-    return value.dtype is not None and value.dtype.is_floating_point
+    """A tensor of real numbers, or several; sizes, indices and bool masks lead elsewhere."""
+    return value.is_tensors or (value.dtype is not None and value.dtype.is_floating_point)

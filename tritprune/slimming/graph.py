@@ -30,6 +30,7 @@ class Value:
         dtype: of a tensor.
         constant: the plain value (number, text, None, list of these, 0-d tensor) if ``is_constant``.
         parameter: the parameter's dotted name, if this is one.
+        is_tensors: whether this is a list of tensors, as chunk and unbind make it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Value:
     constant: Any = None
     is_constant: bool = False
     parameter: str | None = None
+    is_tensors: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,15 +206,18 @@ def _read(graph: Any, n_inputs: int, parameters: Mapping[str, tuple[int, ...]]) 
             items = [value.constant for value in read]
             values[made[0].name] = Value(made[0].name, constant=items, is_constant=True)
             continue
+        if kind == "TupleConstruct" and made[0].name in outputs:  # the tuple that holds all outputs
+            outputs |= {value.name for value in read}
+            continue
         values.update({value.name: value for value in made})
         nodes.append(Node(len(nodes), kind, read, tuple(made)))
-        if kind == "TupleConstruct" and made[0].name in outputs:
-            outputs |= {value.name for value in read}
     return Graph(tuple(nodes), frozenset(given[:n_inputs]), frozenset(outputs))
 
 
 def _value(raw: Any) -> Value:
     kind = raw.type()
+    if kind.kind() == "ListType" and kind.getElementType().kind() == "TensorType":
+        return Value(raw.debugName(), is_tensors=True)
     if kind.kind() != "TensorType" or kind.sizes() is None:
         return Value(raw.debugName())
     return Value(raw.debugName(), shape=tuple(kind.sizes()), dtype=kind.dtype())

@@ -109,7 +109,6 @@ def _wait(inputs: ModelInputs) -> None:
 
 
 def _summary(taken: list[float]) -> Latency:
-    p10, median, p90 = (
-        torch.tensor(taken, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
-    )
+    shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    p10, median, p90 = torch.tensor(taken, dtype=torch.float64).quantile(shares).tolist()
     return Latency(median, p10, p90, len(taken))

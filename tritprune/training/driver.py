@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritprune.errors import CertificateError
+from tritprune.errors import CertificateError, InterruptedRunError
 from tritprune.export import load_model, save_model
 from tritprune.pruners import Pruner, SparsityReport, sparsity_of
 from tritprune.report import heatmap_png, write_report
@@ -301,6 +301,12 @@ class Driver:
         return found | ({"wandb": self.run.tracker.location} if self.run.tracker.location else {})
 
     def _timed(self, name: str, stage: Callable[..., Any], *arguments: Any) -> Any:
+        reason = self.run.stop_requested()
+        if reason:
+            raise InterruptedRunError(
+                f"stopped by {reason} before the stage '{name}'; what is done is saved in {self.run.folder.path}\n"
+                f"go on with:  {self.run.command} resume=auto"
+            )
         start = time.perf_counter()
         try:
             return stage(*arguments)

@@ -174,7 +174,9 @@ class Loop:
         if not accelerator.optimizer_step_was_skipped:
             self._lr_schedule.step()
         self.step += 1
-        self._log_step(float(accelerator.reduce(total, "mean")), lr, clock)
+        mean = accelerator.reduce(total, "mean")
+        assert isinstance(mean, Tensor)
+        self._log_step(mean.item(), float(lr), clock)
 
     def _loss(self, indices: Tensor) -> Tensor:
         task = self.run.task

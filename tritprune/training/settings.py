@@ -163,12 +163,13 @@ class TrainingSettings:
 def _build(what: str, kind: type[T], values: Mapping[str, Any]) -> T:
     check_arguments(what, kind, values)
     for item in fields(kind):  # type: ignore[arg-type]
-        value = values.get(item.name)
-        wrong = (item.type is int and (isinstance(value, bool) or not isinstance(value, int))) or (
-            item.type is float and (isinstance(value, bool) or not isinstance(value, int | float))
-        )
-        if item.name in values and wrong:
-            raise ConfigError(f"{what}.{item.name} must be a number ({item.type.__name__}), got {value!r}")
+        accepted = {int: int, float: int | float}.get(item.type)  # type: ignore[arg-type]
+        if accepted is None or item.name not in values:
+            continue
+        value = values[item.name]
+        if isinstance(value, bool) or not isinstance(value, accepted):
+            kind_of_number = "whole number" if item.type is int else "number"
+            raise ConfigError(f"{what}.{item.name} must be a {kind_of_number}, got {value!r}")
     return kind(**values)
 
 
