@@ -208,6 +208,8 @@ def _next_unit(score: Tensor, keep: Tensor, short: Tensor) -> Tensor:
 
 def _longest_prefix(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> list[Tensor]:
     """Units past the longest prefix of the order within the budget: bool per layer, True = keep."""
+    if budget >= sum(grid.elements for grid in grids):
+        return [score == math.inf for score in scores]  # nothing to search for: all goes that may
     scores = [score.contiguous() for score in scores]
     threshold, remainder = kth_score(scores, list(grids), budget)
     return masks_from_threshold(scores, list(grids), threshold, remainder)

@@ -115,8 +115,8 @@ MISTAKES = [
     ([*SMOKE, "pattern=2in4", "pruner.target_sparsity=0.7"], ["0.7", "0.5"]),
     ([*SMOKE, "pattern.n=0"], ["0"]),
     ([*SMOKE, "pruner.max_layer_sparsity=0.3"], ["max_layer_sparsity", "32896", "0.2998"]),
-    ([*SMOKE, "pruner.start_step=15", "pruner.end_step=12"], ["15", "12"]),
-    ([*SMOKE, "pruner.end_step=500"], ["500", "20"]),
+    ([*SMOKE, "pruner.start_step=45", "pruner.end_step=36"], ["45", "36"]),
+    ([*SMOKE, "pruner.end_step=500"], ["500", "60"]),
     ([*SMOKE, "pruner.include=[nothing.here]"], ["nothing.here"]),
     ([*SMOKE, "training.device=cuda"], ["no CUDA device"]),
     ([*SMOKE, "training.batch_size=0"], ["batch_size must be at least 1"]),
@@ -188,7 +188,7 @@ def test_a_mistake_in_a_fresh_process_ends_in_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_signal_stops_and_the_same_command_goes_on(tmp_path, smoke, number):
     """SIGINT and SIGTERM save and say how to go on; after SIGKILL the last checkpoint serves. The end is the same."""
-    words = [*SMOKE, "control=random", "run_dir=run", "training.prune.steps=20"]
+    words = [*SMOKE, "control=random", "run_dir=run"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -201,7 +201,7 @@ def test_a_signal_stops_and_the_same_command_goes_on(tmp_path, smoke, number):
     )  # fmt: skip
     curves = tmp_path / "run" / "curves.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (curves.exists() and '"stage": "prune"' in curves.read_text()):
+    while time.monotonic() < deadline and not (curves.exists() and curves.read_text().count('"prune"') > 12):
         time.sleep(0.01)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)

@@ -179,6 +179,24 @@ def test_caps_and_floors_hold_and_the_target_too(net, sgd, train):
         assert 0.55 <= count.zeros / count.elements <= 0.65
 
 
+@pytest.mark.parametrize("pattern", ["1x1", "4x1", "3x2"])
+def test_floors_grow_with_the_schedule(net, sgd, train, pattern):
+    """No update prunes more than its target asks for, and the floor holds in the end."""
+    optimizer = sgd(net)
+    pruner = Pruner(
+        net, pattern=pattern, criterion="random", schedule="linear", target_sparsity=0.65, min_layer_sparsity=0.6,
+        end_step=8,
+    ).attach(optimizer)  # fmt: skip
+    events = []
+    pruner.on_update(events.append)
+    train(net, optimizer, 8)
+    assert len(events) == 8
+    for event in events:
+        assert sum(count.zeros for count in event.layers.values()) <= exact_budget(event.target, 200)
+    assert all(count.zeros >= 0.6 * count.elements for count in events[-1].layers.values())
+    assert not any(count.zeros >= 0.6 * count.elements for count in events[3].layers.values())
+
+
 def test_a_cap_gives_its_budget_to_the_others(make_net, sgd):
     shares = {}
     for cap in (1.0, 0.6):

@@ -107,6 +107,22 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_save_that_is_stopped_before_the_move_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "masks.safetensors"
+    sample().save(path)
+    before = path.read_bytes()
+
+    def stopped(source, target):
+        assert Path(source).parent == tmp_path  # a move within one folder is atomic
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        MaskSet({"a": layer_mask([[True]])}).save(path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(RunFolderError, match="nowhere"):
         sample().save(tmp_path / "nowhere" / "masks.safetensors")

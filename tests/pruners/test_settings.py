@@ -111,8 +111,32 @@ def test_one_shot(net, sgd, train):
     train(net, optimizer, 3)
     assert pruner.last_event.step == 1
     assert pruner.sparsity().prunable.sparsity == 0.5
-    with pytest.raises(ConfigError, match="end_step=9 must be start_step=2"):
-        get_pruner({"name": "one_shot", "start_step": 2, "end_step": 9}, model=net)
+    with pytest.raises(ConfigError, match="end_step=1 is before start_step=2"):
+        get_pruner({"name": "one_shot", "start_step": 2, "end_step": 1}, model=net)
+
+
+def test_one_shot_goes_on_only_to_regrow(net):
+    """A config may bring an end_step of the iterative pruner; without regrowing nothing could change until then."""
+    config = {"name": "one_shot", "start_step": 2, "end_step": 9, "frequency": 3}
+    assert get_pruner(config, model=net).final_step == 2
+    pruner = get_pruner({**config, "regrow": True}, model=net)
+    assert (pruner.final_step, pruner.target_at(1), pruner.target_at(2), pruner.target_at(9)) == (9, 0.0, 0.9, 0.9)
+
+
+def test_one_shot_in_groups(net):
+    groups = [{"include": ["first"]}, {"include": ["second"], "start_step": 4, "target_sparsity": 0.5}]
+    pruner = get_pruner({"name": "one_shot", "groups": groups, "end_step": 12}, model=net)
+    assert pruner.final_step == 4
+    assert [group.target_at(step) for group in pruner._groups for step in (0, 1, 3, 4)] == [
+        0,
+        0.9,
+        0.9,
+        0.9,
+        0,
+        0,
+        0,
+        0.5,
+    ]
 
 
 def test_shared_defaults_are_not_changed_by_a_group(net):

@@ -304,6 +304,20 @@ def test_regrown_weights_start_from_zero_at_the_same_sparsity(net, sgd, train, p
     assert came_back > 0
 
 
+def test_regrowing_changes_which_of_a_group_are_pruned(net, sgd, train):
+    optimizer = sgd(net)
+    pruner = Pruner(
+        net, pattern="2:4", criterion="gradient", schedule="one_shot", target_sparsity=0.5, start_step=1, end_step=9,
+        regrow=True,
+    ).attach(optimizer)  # fmt: skip
+    train(net, optimizer, 1)
+    first = {name: mask.mask for name, mask in pruner.masks.items()}
+    train(net, optimizer, 8, first=1)
+    for name, mask in pruner.masks.items():
+        assert not torch.equal(mask.mask, first[name])
+        assert torch.equal(mask.mask.sum(1), first[name].sum(1))  # every group, as many of each
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_the_optimizers_momentum_of_pruned_weights(net, train, reset):
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)

@@ -78,6 +78,19 @@ def test_dead_heads_go(mix, bias, randomised, kill):
     assert_same(result.model, model, 3, 7, WIDTH)
 
 
+def test_query_that_is_scaled_before_it_is_split(randomised, kill):
+    class Scaled(Attention):
+        def forward(self, x):
+            q, k, v = self.split(self.query(x) * 0.5), self.split(self.key(x)), self.split(self.value(x))
+            return x + self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    model = randomised(Scaled(fused))
+    kill(model.value, rows=slice(0, 4))
+    result = slim_model(model, torch.randn(2, 5, WIDTH))
+    assert result.model.num_heads == 2
+    assert_same(result.model, model, 3, 7, WIDTH)
+
+
 def test_value_bias_of_a_dead_head_reaches_the_output_bias(randomised, kill):
     model = randomised(Attention(fused))
     kill(model.value, rows=slice(4, 8))
@@ -144,10 +157,11 @@ def across_queries(m, q, k, v):
 def test_heads_that_are_tied_together_are_refused(mix, reason, randomised, kill):
     model = randomised(Attention(mix))
     kill(model.output, columns=slice(8, 12))
+    kill(model.value, rows=slice(0, 4))
     result = slim_model(model, torch.randn(2, 5, WIDTH))
     assert result.cuts == []
     (refusal,) = [refusal for refusal in result.refused if refusal.kind == "heads"]
-    assert refusal.reason.startswith("1 of 3 heads are dead but stay: ")
+    assert refusal.reason.startswith("2 of 3 heads are dead but stay: ")
     assert reason in refusal.reason
     assert_same(result.model, model, 2, 5, WIDTH)
 
@@ -263,3 +277,28 @@ def test_bert_attention_is_found(implementation, make_bert, tokens):
         f"{start}.self.value",
         f"{start}.output.dense",
     )
+
+
+def test_decoder_heads_go_but_not_where_a_query_sees_no_key(kill, randomised):
+    """With left padding and a causal mask a query may see no key: its head gives 0, not the value bias."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.OPTConfig(
+        vocab_size=20,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        use_cache=False,
+    )
+    model = randomised(transformers.OPTForCausalLM(config))
+    kill(model.model.decoder.layers[0].self_attn.v_proj, rows=slice(4, 8))
+    ids, mask = torch.arange(16).view(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    result = slim_model(model, {"input_ids": ids, "attention_mask": mask})
+    assert [(cut.kind, cut.after) for cut in result.cuts] == [("heads", 3)]
+    mask[1] = mask[1].flip(0)
+    result = slim_model(model, {"input_ids": ids, "attention_mask": mask})
+    assert result.cuts == []
+    assert any("with fewer heads the model's outputs differ" in refusal.reason for refusal in result.refused)

@@ -23,7 +23,9 @@ def curves(folder):
 def test_distillation_is_the_scaled_divergence_from_the_teacher():
     student, teacher = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[0.5, 0.5, 0.0]])
     p, q = F.softmax(teacher / 2, -1), F.softmax(student / 2, -1)
-    assert float(distillation_loss(student, teacher, 2.0)) == pytest.approx(4 * float((p * (p / q).log()).sum()), rel=1e-5)
+    assert float(distillation_loss(student, teacher, 2.0)) == pytest.approx(
+        4 * float((p * (p / q).log()).sum()), rel=1e-5
+    )
     assert float(distillation_loss(student, student, 2.0)) == pytest.approx(0.0, abs=1e-7)
 
 

@@ -36,7 +36,9 @@ def outcome(folder):
     return masks, weights, numbers
 
 
-@pytest.mark.parametrize("stop_after", [3, 7, 11, 18, 20])  # in the dense phase, while pruning, while recovering
+@pytest.mark.parametrize(
+    "stop_after", [1, 3, 8, 11, 18, 22]
+)  # before, in the dense phase, between, pruning, recovering
 def test_a_stopped_run_ends_with_the_same_masks_weights_and_curves(tmp_path, stop_after):
     finish(tmp_path / "whole", tmp_path / "cache-a")
     finish(tmp_path / "stopped", tmp_path / "cache-b", stop_after=stop_after)
@@ -65,7 +67,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(tmp_path):
     calls = itertools.count(1)
 
     def die():
-        if next(calls) == 10:
+        if next(calls) == 14:
             raise Killed
 
     with pytest.raises(Killed):

@@ -20,6 +20,7 @@ from tritprune.errors import CheckpointError, ConfigError, InterruptedRunError, 
 from tritprune.kernels import set_backend
 from tritprune.registry import did_you_mean
 from tritprune.report import console_epilogue, console_table, write_report
+from tritprune.slimming.graph import TRACERS
 from tritprune.tasks import get_task
 from tritprune.tracking import Tracker, get_tracker
 from tritprune.training.checkpoint import RunFolder, find_resumable, fingerprint, write_json
@@ -96,6 +97,7 @@ class Attempt:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         _one_of("control", config["control"], (None, "random"))
+        _one_of("slimmer.tracer", config["slimmer"]["tracer"], (None, *TRACERS))
         task = get_task(config["task"])
         tracker = get_tracker(config["tracker"])
         plan = Plan(

@@ -127,6 +127,22 @@ class Pattern:
         del site, scores, masks
         return [keep]
 
+    def all_unit_scores(
+        self, sites: Sequence[Site], scores: Sequence[Sequence[Tensor]], masks: Sequence[Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """:meth:`unit_scores` of many sites; a pattern with a kernel for many layers overrides it."""
+        return [self.unit_scores(*each) for each in zip(sites, scores, masks, strict=True)]
+
+    def all_layer_masks(
+        self,
+        sites: Sequence[Site],
+        keep: Sequence[Tensor],
+        scores: Sequence[Sequence[Tensor]],
+        masks: Sequence[Sequence[Tensor]],
+    ) -> list[list[Tensor]]:
+        """:meth:`layer_masks` of many sites; a pattern with a kernel for many layers overrides it."""
+        return [self.layer_masks(*each) for each in zip(sites, keep, scores, masks, strict=True)]
+
     def kept_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`layer_masks`: bool of the grid's shape."""
         del site

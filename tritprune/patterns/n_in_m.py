@@ -58,18 +58,38 @@ class NInMPattern(Pattern):
 
     def unit_scores(self, site: Site, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """What pruning each group costs: ``[R, groups]``."""
-        del masks
-        costs = n_in_m_group_scores([scores[0]], self.n, self.m)[0][:, : site.grid.cols]
-        if self.reduce == "sum":
-            return costs
-        return costs / site.grid.col_widths(costs.device)
+        return self.all_unit_scores([site], [scores], [masks])[0]
 
     def layer_masks(self, site: Site, keep: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Groups that have gone keep their mask; those that go now lose their N lowest: bool ``[R, C]``."""
-        fresh = n_in_m_masks([scores[0]], self.n, self.m)[0]
-        stays = self._spread(keep, site)
-        went = ~self._spread(self.kept_units(site, masks), site)
-        return [torch.where(went & ~stays, masks[0], stays | fresh)]
+        return self.all_layer_masks([site], [keep], [scores], [masks])[0]
+
+    def all_unit_scores(
+        self, sites: Sequence[Site], scores: Sequence[Sequence[Tensor]], masks: Sequence[Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """As :meth:`unit_scores`, in one launch."""
+        del masks
+        costs = n_in_m_group_scores([score for (score,) in scores], self.n, self.m)
+        costs = [cost[:, : site.grid.cols] for cost, site in zip(costs, sites, strict=True)]
+        if self.reduce == "sum":
+            return costs
+        return [cost / site.grid.col_widths(cost.device) for cost, site in zip(costs, sites, strict=True)]
+
+    def all_layer_masks(
+        self,
+        sites: Sequence[Site],
+        keep: Sequence[Tensor],
+        scores: Sequence[Sequence[Tensor]],
+        masks: Sequence[Sequence[Tensor]],
+    ) -> list[list[Tensor]]:
+        """As :meth:`layer_masks`, in one launch."""
+        fresh = n_in_m_masks([score for (score,) in scores], self.n, self.m)
+        new: list[list[Tensor]] = []
+        for site, kept, lowest_gone, old in zip(sites, keep, fresh, masks, strict=True):
+            stays = self._spread(kept, site)
+            went = ~self._spread(self.kept_units(site, old), site)
+            new.append([torch.where(went & ~stays, old[0], stays | lowest_gone)])
+        return new
 
     def kept_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
         """Groups of which nothing is pruned: bool ``[R, groups]``."""

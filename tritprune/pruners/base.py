@@ -345,7 +345,7 @@ class Pruner:
         self._counts = unchanged | update.counts
         warnings = warnings_of(due, self._counts, self.step)
         fresh = tuple(text for key, text in warnings.items() if key not in self._warned)
-        pass
+        self._warned |= warnings.keys()
         counts = self._counts.values()
         self.last_event = PruneEvent(
             step=self.step,

@@ -157,18 +157,12 @@ class LayerGroup:
         assert self.scores is not None
         regrow = self.settings.regrow
         known = [[torch.ones_like(mask) for mask in masks] for masks in self.masks] if regrow else self.masks
-        unit_scores = [
-            self.pattern.unit_scores(site, scores, masks)
-            for site, scores, masks in zip(self.sites, self.scores, known, strict=True)
-        ]
+        unit_scores = self.pattern.all_unit_scores(self.sites, self.scores, known)
         before = [self.pattern.kept_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
         pruned = [~kept for kept in before] if self.prunes and not regrow else None
         held = [any(view.name in self.without_gradient for view in site.views) for site in self.sites]
         keep = self._budget.select(self.target_at(step), unit_scores, pruned, held)
-        masks = [
-            self.pattern.layer_masks(site, kept, scores, old)
-            for site, kept, scores, old in zip(self.sites, keep, self.scores, known, strict=True)
-        ]
+        masks = self.pattern.all_layer_masks(self.sites, keep, self.scores, known)
         counts = measure(self.sites, keep, before, masks)
         numbers = torch.cat([counts.flatten(), count_non_finite(unit_scores), self._skipped.view(1)])
         return Proposal(keep, masks, numbers)

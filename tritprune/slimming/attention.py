@@ -155,13 +155,13 @@ def _walk_back(value: Value, heads: int, linears: Linears, *, scaled: bool) -> l
         seen.append(node)
         source = node.inputs[0]
         if node.kind in VIEWS and _splits(source, value, axis):
-            return seen + _walk_identity(source, linears)
+            return seen + _walk_to_linear(source, linears, scaled=scaled)
         axis = _axis_before(node, axis, linears, scaled=scaled)
         value = source
 
 
-def _walk_identity(value: Value, linears: Linears) -> list[Node]:
-    """From the undivided width back to its linear through operations that change nothing."""
+def _walk_to_linear(value: Value, linears: Linears, *, scaled: bool) -> list[Node]:
+    """From the undivided width back to its linear; the nodes on the way, the linear among them."""
     seen: list[Node] = []
     while True:
         node = linears.graph.producer(value)
@@ -170,7 +170,7 @@ def _walk_identity(value: Value, linears: Linears) -> list[Node]:
         seen.append(node)
         if linears.name(node) is not None:
             return seen
-        if not is_identity(node):
+        if not (is_identity(node) or (scaled and _scales(node))):
             raise MixedHeadsError(f"{describe(node, linears)} comes between a linear and the heads")
         value = node.inputs[0]
 
@@ -221,7 +221,7 @@ def _axis_before(node: Node, axis: int, linears: Linears, *, scaled: bool) -> in
     order = _permutation(node)
     if order is not None:
         return order[axis]
-    if _keeps_shape(node) or (scaled and node.kind in SCALINGS and node.inputs[1].is_constant):
+    if _keeps_shape(node) or (scaled and _scales(node)):
         return axis
     raise MixedHeadsError(f"{describe(node, linears)} comes between a linear and the heads")
 
@@ -233,6 +233,14 @@ def _axis_after(node: Node, axis: int, linears: Linears) -> int:
     if _keeps_shape(node):
         return axis
     raise MixedHeadsError(f"{describe(node, linears)} comes between the heads and the output linear")
+
+
+def _scales(node: Node) -> bool:
+    """Whether ``node`` multiplies all heads by the same number."""
+    if node.kind not in SCALINGS:
+        return False
+    factor = node.inputs[1]
+    return factor.is_constant and getattr(factor.constant, "ndim", 0) == 0
 
 
 def _keeps_shape(node: Node) -> bool:

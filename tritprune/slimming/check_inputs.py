@@ -11,8 +11,9 @@ BATCHES = (1, 2, 7)
 def derive_inputs(model: nn.Module, inputs: ModelInputs) -> list[ModelInputs]:
     """The example inputs as they are, batches of 1, 2 and 7 of them, and the first or last half of a sequence.
 
-    A row beyond the given ones is a given one rolled along its last axis, the same in every tensor: new, yet made of
-    valid values. Nothing is drawn at random. A form that ``model`` itself cannot run is left out.
+    A row beyond the given ones is a given one rolled along its last axis: new, yet made of valid values. Masks are not
+    rolled, so that no query loses the last key that it may attend to. Nothing is drawn at random. A form that ``model``
+    itself cannot run is left out.
     """
     tensors = inputs.tensors()
     batch = next((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), 0)
@@ -20,7 +21,7 @@ def derive_inputs(model: nn.Module, inputs: ModelInputs) -> list[ModelInputs]:
         return [inputs]
     batched = {name: tensor for name, tensor in tensors.items() if tensor.dim() and tensor.shape[0] == batch}
     forms = [
-        inputs.with_tensors({name: _rows(tensor, size) for name, tensor in batched.items()})
+        inputs.with_tensors({name: _rows(tensor, size, roll="mask" not in name) for name, tensor in batched.items()})
         for size in BATCHES
         if size != batch
     ]
@@ -30,10 +31,10 @@ def derive_inputs(model: nn.Module, inputs: ModelInputs) -> list[ModelInputs]:
     return [inputs, *(form for form in forms if _runs(model, form))]
 
 
-def _rows(tensor: Tensor, size: int) -> Tensor:
+def _rows(tensor: Tensor, size: int, *, roll: bool) -> Tensor:
     given = tensor.shape[0]
     rows = [tensor[i % given] for i in range(size)]
-    return torch.stack([row.roll(i // given, dims=-1) if row.dim() else row for i, row in enumerate(rows)])
+    return torch.stack([row.roll(i // given, dims=-1) if roll and row.dim() else row for i, row in enumerate(rows)])
 
 
 def _shorter(batched: dict[str, Tensor]) -> dict[str, Tensor]:

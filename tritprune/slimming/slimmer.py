@@ -27,6 +27,7 @@ from tritprune.slimming.surgery import (
     head_units,
     linear_at,
     zero_columns,
+    zero_rows,
 )
 
 
@@ -248,11 +249,16 @@ def _kept(units: Units) -> Tensor:
 
 
 def _dead_heads(attention: Attention, model: nn.Module) -> int:
-    """How many heads of a block that cannot be cut are dead, as far as its output linear shows them."""
+    """How many heads of a block that cannot be cut are dead, also by its value linear if that is divided alike."""
     if attention.output is None or attention.heads < 1:
         return 0
     unread = zero_columns(linear_at(model, attention.output))
-    return int(unread.view(attention.heads, -1).all(dim=1).sum()) if len(unread) % attention.heads == 0 else 0
+    if len(unread) % attention.heads:
+        return 0
+    dead = unread.view(attention.heads, -1).all(dim=1)
+    if len(attention.value) == 1 and linear_at(model, attention.value[0]).out_features == len(unread):
+        dead = dead | zero_rows(linear_at(model, attention.value[0])).view(attention.heads, -1).all(dim=1)
+    return int(dead.sum())
 
 
 def _where(attention: Attention) -> str:
