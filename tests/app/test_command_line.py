@@ -162,6 +162,19 @@ def test_a_mistake_is_refused_before_training(refused, tmp_path, words, said):
     assert not list(tmp_path.glob("outputs/*/*"))  # nothing half-written
 
 
+def test_a_checkpoint_cut_in_half_is_refused_before_training(refused, tmp_path):
+    words = (*SMOKE, "slimmer=none", "run_dir=run", "training.dense.steps=2", "training.prune.steps=40")
+    assert refused(*words)[0] == 0
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**state, "status": "interrupted"}))
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK" + bytes(1000))
+    status, output = refused(*words, "resume=auto")
+    assert status == 2, output
+    assert "damaged" in output
+    assert "1,002 bytes" in output
+    assert "Traceback" not in output
+
+
 def test_debug_shows_the_traceback(refused):
     status, output = refused(*SMOKE, "pruner.target_sparsity=1.2", "debug=true")
     assert status == 2

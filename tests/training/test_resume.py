@@ -67,7 +67,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(tmp_path):
     calls = itertools.count(1)
 
     def die():
-        if next(calls) == 14:
+        if next(calls) == 8:
             raise Killed
 
     with pytest.raises(Killed):

@@ -120,6 +120,7 @@ class Attempt:
             pruner = plan.make_pruner(model)
         self._folder = self._choose_folder(progress)
         self._folder.check_room_for(model)
+        self._folder.load_checkpoint("cpu")  # a damaged one is refused now, not after the dense stage
         if self._folder.read_state().get("status") == "finished":
             progress.say(f"already finished: {self._folder.path}")
             return

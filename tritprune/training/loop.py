@@ -114,6 +114,7 @@ class Loop:
         self._teacher = teacher.to(run.device).eval() if teacher is not None and self._distills else None
         self._teacher_logits: Tensor | None = None
         self._event: PruneEvent | None = None
+        self._recent_loss = self._sparsity = 0.0
         if pruner is not None:
             pruner.on_update(self._on_mask_update)
 
@@ -135,17 +136,18 @@ class Loop:
             InterruptedRunError: a signal came; the state is saved.
             MaskMismatchError: processes disagree on a mask.
         """
+        self._cache_teacher_logits()
         if self.pruner is not None:
             self.pruner.attach(self._optimizer)
+            self._sparsity = self.pruner.sparsity().prunable.sparsity
         try:
-            self._cache_teacher_logits()
-            self._report_start()
-            while self.step < self.phase.steps:
-                self._train_step()
-                if self.step % self.run.settings.eval_every == 0 or self.step == self.phase.steps:
-                    self._evaluate()
-                self._checkpoint_if_due()
-                self._stop_if_asked()
+            with self.run.progress.phase(self.name, self.phase.steps, self.step) as self._bar:
+                while self.step < self.phase.steps:
+                    self._train_step()
+                    if self.step % self.run.settings.eval_every == 0 or self.step == self.phase.steps:
+                        self._evaluate()
+                    self._checkpoint_if_due()
+                    self._stop_if_asked()
         finally:
             if self.pruner is not None:
                 self.pruner.detach()
@@ -226,10 +228,8 @@ class Loop:
         run = self.run
         if self.pruner is not None:
             self._sparsity = self._event.sparsity if self._event else self._sparsity
-        shown: dict[str, float] = {"loss": loss, **self.metrics}
-        if self.pruner is not None:
-            shown["sparsity"] = self._sparsity
-        self._bar.update(self.step, self.stage, shown)
+        self._recent_loss = loss
+        self._show()
         if self.step % run.settings.log_every and self._event is None and self.step != self.phase.steps:
             return
         record: dict[str, Any] = {curves.STEP: self.offset + self.step, curves.STAGE: self.stage}
@@ -249,9 +249,11 @@ class Loop:
                 run.progress.note(warning)
         run.log(record)
 
-    def _report_start(self) -> None:
-        self._sparsity = self.pruner.sparsity().prunable.sparsity if self.pruner is not None else 0.0
-        self._bar = self.run.progress.phase(self.name, self.phase.steps, self.step)
+    def _show(self) -> None:
+        shown = {"loss": self._recent_loss, **self.metrics}
+        if self.pruner is not None:
+            shown["sparsity"] = self._sparsity
+        self._bar.update(self.step, self.stage, shown)
 
     def _evaluate(self) -> None:
         run = self.run
@@ -261,6 +263,7 @@ class Loop:
             {curves.STEP: self.offset + self.step, curves.STAGE: self.stage}
             | {curves.eval_metric(name): value for name, value in values.items()}
         )
+        self._show()
         self._bar.evaluated(self.step, self.stage, values, self._sparsity if self.pruner is not None else None)
 
     def _checkpoint_if_due(self) -> None:
@@ -272,7 +275,6 @@ class Loop:
         reason = agree(self.run.stop_requested())
         if reason:
             self.save()
-            self._bar.close()
             raise InterruptedRunError(
                 f"stopped by {reason} at step {self.step} of {self.phase.steps} of '{self.stage}'; "
                 f"the state is saved in {self.run.folder.path}\ngo on with:  {self.run.command} resume=auto"

@@ -83,29 +83,27 @@ class PhaseBar:
         self._progress, self._total = progress, total
         self._live = progress._live(transient=False)
         self._task = self._live.add_task(name, total=total, completed=done, status="")
+
+    def __enter__(self) -> "PhaseBar":
         self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
 
     def update(self, step: int, stage: str, shown: Mapping[str, float]) -> None:
         """Move to ``step`` and show the values."""
         status = "  ".join(f"{name} {_short(name, value)}" for name, value in shown.items())
         self._live.update(self._task, completed=step, description=stage, status=status)
-        if step == self._total:
-            self._live.refresh()
 
     def evaluated(self, step: int, stage: str, values: Mapping[str, float], sparsity: float | None) -> None:
         """An evaluation was made: a line where no bar can be shown."""
         if self._progress.silent or self._progress.console.is_terminal:
-            if step == self._total:
-                self.close()
             return
         parts = [f"{name} {_short(name, value)}" for name, value in values.items()]
         if sparsity is not None:
             parts.append(f"sparsity {sparsity:.4f}")
         self._progress.say(f"{stage:<8} {step:>5}/{self._total}  " + "  ".join(parts))
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        self._live.stop()
 
 
 def _short(name: str, value: float) -> str:
