@@ -336,4 +336,4 @@ def _optimizer(model: nn.Module, phase: Phase) -> torch.optim.Optimizer:
     ]
     if phase.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=phase.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=phase.lr)
+    return torch.optim.AdamW(groups, lr=phase.lr, fused=True)
