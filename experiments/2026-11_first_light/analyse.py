@@ -24,7 +24,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-results = [json.loads(path.read_text()) for path in sorted(Path(sys.argv[1]).glob("*/result.json"))]
+results = [json.loads(path.read_text()) for path in sorted(Path(sys.argv[1]).glob("*/*/result.json"))]
 assert all(result["status"] == "finished" for result in results)
 rows, dense = [], {}
 for result in results:
