@@ -37,9 +37,10 @@ BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plu
 
 def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console) -> int:
     """One run from a plain config: everything that goes wrong becomes a message and an exit status."""
-    command = " ".join(
-        ["python -m tritprune", *(shlex.quote(o) for o in overrides if not o.startswith(("resume=", "run_dir=")))]
-    )
+    words = [word for word in overrides if not word.startswith("resume=")]
+    if config["run_dir"] and not any(word.startswith("run_dir=") for word in words):
+        words.append(f"run_dir={config['run_dir']}")  # a job of a sweep: alone, it goes on in its own folder
+    command = shlex.join(["python", "-m", "tritprune", *words])
     attempt = Attempt(config, command, overrides, console)
     stop = StopRequest()
     try:
@@ -154,18 +155,17 @@ class Attempt:
 
     def close(self, status: str, error: str, trace: str = "") -> Path | None:
         """Leave a run that did not finish in a state that says so; where the traceback is."""
-        if self._folder is None:
-            if self.config["job"] is not None:
-                self._note_refusal(status, error)
-            return None
-        log = self._folder / "error.log"
+        log = None if self._folder is None else self._folder / "error.log"
         try:
-            if trace:
-                log.write_text(trace, encoding="utf-8")
-            self._folder.write_state(status=status, error=error)
-            if self._driver is not None:
-                write_json(self._folder / RESULT, self._driver.describe(status, error))
-                write_report(self._folder.path)
+            if self._driver is None and self.config["job"] is not None:
+                self._note_refusal(status, error)
+            if self._folder is not None and log is not None:
+                self._folder.write_state(status=status, error=error)
+                if trace:
+                    log.write_text(trace, encoding="utf-8")
+                if self._driver is not None:
+                    write_json(self._folder / RESULT, self._driver.describe(status, error))
+                    write_report(self._folder.path)
         except OSError:
             pass  # the folder itself is what failed; the message on the screen has said so
         if self._tracker is not None:
