@@ -114,6 +114,7 @@ MISTAKES = [
     ([*SMOKE, "pattern=2in4", "pattern.n=5"], ["0 < N < M", "5:4"]),
     ([*SMOKE, "pattern=2in4", "pruner.target_sparsity=0.7"], ["0.7", "0.5"]),
     ([*SMOKE, "pattern.n=0"], ["0"]),
+    ([*SMOKE, "pattern.n=4096"], ["4096 outputs", "has 128", "n=channel"]),
     ([*SMOKE, "pruner.max_layer_sparsity=0.3"], ["max_layer_sparsity", "32896", "0.2998"]),
     ([*SMOKE, "pruner.start_step=45", "pruner.end_step=36"], ["45", "36"]),
     ([*SMOKE, "pruner.end_step=500"], ["500", "60"]),

@@ -81,7 +81,7 @@ def test_registry_and_arguments():
         ("channelx1", (10, 1), (1, 6), "10x1"),
         ("1xchannel", (1, 6), (10, 1), "1x6"),
         ("channelx2", (10, 2), (1, 3), "10x2"),
-        ("32x32", (32, 32), (1, 1), "10x6"),
+        ("10x6", (10, 6), (1, 1), "10x6"),
     ],
 )
 def test_blocks_of_a_layer_of_10_outputs_and_6_inputs(config, block, grid, unit):

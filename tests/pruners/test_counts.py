@@ -53,7 +53,7 @@ def greedy(scores, sizes, budget):
     [
         (pattern, target, scope, criterion)
         for (pattern, target), scope, criterion in itertools.product(
-            [("1x1", 0.29), ("4x1", 0.6), ("3x2", 0.5), ("channelx1", 0.4), ("1xchannel", 0.4), ("32x32", 0.5)],
+            [("1x1", 0.29), ("4x1", 0.6), ("3x2", 0.5), ("channelx1", 0.4), ("1xchannel", 0.4), ("8x12", 0.5)],
             ("global", "local"),
             CRITERIA,
         )

@@ -83,11 +83,19 @@ def test_objects_and_mappings_are_accepted(net):
 
 
 def test_a_block_larger_than_a_layer_is_one_ragged_unit(net):
-    pruner = Pruner(net, end_step=1, pattern="64x1", target_sparsity=0.5)
+    pruner = Pruner(net, end_step=1, pattern="8x1", target_sparsity=0.5)
     assert [(layer.name, layer.unit, layer.units) for layer in pruner.layers] == [
-        ("first", "10x1", 13),
+        ("first", "8x1", 26),
         ("second", "7x1", 10),
     ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("64x1", "64 outputs .* first, has 10; .*n=channel"), ("1x64", "64 inputs .* first, has 13")]
+)
+def test_a_block_that_divides_no_layer_is_refused_with_the_numbers(net, pattern, said):
+    with pytest.raises(ConfigError, match=said):
+        Pruner(net, end_step=1, pattern=pattern, target_sparsity=0.5)
 
 
 def test_the_registry_of_pruners(net):

@@ -1,8 +1,12 @@
 """Blocks of N outputs by M inputs, down to single weights and up to whole channels."""
 
+from collections.abc import Sequence
 from typing import Literal
 
-from tritprune.patterns.base import Block, Pattern, count
+from torch import nn
+
+from tritprune.errors import ConfigError
+from tritprune.patterns.base import Block, Pattern, Site, count
 from tritprune.patterns.views import WeightView
 
 Extent = int | Literal["channel"]
@@ -37,6 +41,21 @@ class BlockPattern(Pattern):
         """``(n, m)`` with channels resolved."""
         rows, columns = view.shape
         return (rows if isinstance(self.n, str) else self.n), (columns if isinstance(self.m, str) else self.m)
+
+    def sites(self, views: Sequence[WeightView], model: nn.Module) -> list[Site]:
+        """A site per layer.
+
+        Raises:
+            ConfigError: the block is larger than every layer, so that it would divide none of them.
+        """
+        for axis, (extent, what) in enumerate(((self.n, "outputs"), (self.m, "inputs"))):
+            largest = max(views, key=lambda view: view.shape[axis], default=None)
+            if largest is not None and not isinstance(extent, str) and extent > largest.shape[axis]:
+                raise ConfigError(
+                    f"pattern {self.label} divides no layer: it wants {extent} {what} and the largest layer, "
+                    f"{largest.name}, has {largest.shape[axis]}; all of them are '{'nm'[axis]}=channel'"
+                )
+        return super().sites(views, model)
 
 
 def _extent(what: str, value: object, config: str) -> Extent:

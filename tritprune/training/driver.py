@@ -271,7 +271,7 @@ class Driver:
         report = write_report(folder.path)
         if result["layers"]:
             columns = list(result["layers"][0])
-            run.tracker.table("layers", columns, [[str(layer[c]) for c in columns] for layer in result["layers"]])
+            run.tracker.table("layers", columns, [[_cell(layer[c]) for c in columns] for layer in result["layers"]])
         if heatmap is not None:
             run.tracker.image("sparsity/heatmap", heatmap)
         run.tracker.artifact("masks", "masks", [folder / MASKS])
@@ -312,6 +312,11 @@ class Driver:
             return stage(*arguments)
         finally:
             self._seconds[name] = time.perf_counter() - start
+
+
+def _cell(value: Any) -> Any:
+    """A table's cell: a shape is shown as 384x384, everything else as it is."""
+    return "x".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _denominators(report: SparsityReport) -> dict[str, dict[str, int]]:
