@@ -72,7 +72,9 @@ for offset, criterion in zip((-0.006, 0, 0.006), ORDER, strict=True):
         axes.scatter([target + offset] * len(found), [r["accuracy"] for r in found], s=14, color=COLOURS[criterion])
         xs, means, halves = [*xs, target + offset], [*means, mean], [*halves, half]
     axes.errorbar(xs, means, halves, color=COLOURS[criterion], capsize=3, linewidth=1.4, alpha=0.8)
-    axes.annotate(criterion, (xs[-1], means[-1]), textcoords="offset points", xytext=(10, -3), color=COLOURS[criterion])
+    axes.annotate(
+        criterion, (xs[-1], means[-1]), textcoords="offset points", xytext=(12, -12), color=COLOURS[criterion]
+    )
 axes.set(xlim=(0.75, 1.0), xticks=(0.8, 0.9), xlabel="sparsity of the encoder's linear weights, 4x1 blocks")
 axes.set_ylabel("held-out accuracy")
 axes.set_title("pydocs, MiniLM-L6: points are seeds, bars 95% t-intervals", fontsize=10, loc="left")
