@@ -9,7 +9,7 @@ import torch
 
 from tritprune import kernels
 from tritprune.errors import BackendError, ConfigError
-from tritprune.kernels import dispatch, reference
+from tritprune.kernels import compiled, dispatch, reference
 from tritprune.kernels import triton as launchers
 
 OPS = sorted(name for name, value in vars(kernels).items() if isinstance(value, kernels.Op))
@@ -24,16 +24,31 @@ def test_every_operation_is_exported_with_a_reference_and_a_launcher():
 @pytest.mark.parametrize("op", OPS)
 def test_signatures_are_the_same_everywhere(op):
     wanted = inspect.signature(getattr(reference, op))
+    assert inspect.signature(getattr(compiled, op)) == wanted
     assert inspect.signature(getattr(launchers, op)) == wanted
     assert inspect.signature(getattr(kernels, op)) == wanted
     check = inspect.signature(getattr(kernels, op).check)
     assert check.parameters == wanted.parameters
 
 
-def test_automatic_dispatch_on_the_cpu_is_the_reference(caplog):
+@pytest.mark.parametrize(("installed", "backend"), [(True, "numba"), (False, "torch")])
+def test_automatic_dispatch_on_the_cpu_is_numba_where_it_is_installed(caplog, monkeypatch, installed, backend):
+    monkeypatch.setattr(dispatch, "_has_numba", lambda: installed)
     with caplog.at_level(logging.DEBUG, dispatch.__name__):
         kernels.mask_statistics([], [])
-    assert caplog.messages == ["mask_statistics runs on backend torch for device cpu"]
+    assert caplog.messages == [f"mask_statistics runs on backend {backend} for device cpu"]
+
+
+def test_a_forced_numba_backend_says_what_would_work(monkeypatch):
+    elsewhere = [torch.ones(2, 2, dtype=torch.bool, device="meta")]
+    with (
+        kernels.use_backend("numba"),
+        pytest.raises(BackendError, match=r"'numba' cannot run on device 'meta'.*'auto'"),
+    ):
+        kernels.mask_statistics(elsewhere, elsewhere)
+    monkeypatch.setattr(dispatch, "_has_numba", lambda: False)
+    with kernels.use_backend("numba"), pytest.raises(BackendError, match=r"pip install 'tritprune\[cpu\]'"):
+        kernels.kth_score([], [], 0)
 
 
 def test_a_forced_triton_backend_on_the_cpu_is_an_error_that_says_what_would_work():
@@ -57,7 +72,7 @@ def test_the_backend_comes_back_after_the_block():
 
 def test_an_unknown_backend_is_refused_with_the_choices():
     with pytest.raises(
-        ConfigError, match=r"unknown kernel backend 'tritn'; did you mean 'triton'\? known: auto, torch"
+        ConfigError, match=r"unknown kernel backend 'tritn'; did you mean 'triton'\? known: auto, numba, torch"
     ):
         kernels.set_backend("tritn")
     assert kernels.get_backend() == "auto"

@@ -1,7 +1,7 @@
 """The operations of pruning: tensors in, tensors out. This is the table of them.
 
-Each has a reference in torch (``reference.py``, the specification) and a Triton launcher of the same name and
-signature (``triton/``, imported when it is first needed); ``dispatch.py`` chooses between them.
+Each has a reference in torch (``reference.py``, the specification) and twins of the same name and signature: loops for
+the CPU (``compiled.py``, numba) and Triton launchers (``triton/``), imported when needed; ``dispatch.py`` chooses.
 
 | operation | what it does |
 |---|---|

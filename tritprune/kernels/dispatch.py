@@ -1,7 +1,7 @@
 """Which implementation of an operation runs.
 
-``auto`` takes the Triton kernels for tensors on a CUDA or HIP device and the reference everywhere else. A forced
-backend either runs or raises :class:`BackendError`: there is no silent fallback.
+``auto`` takes the Triton kernels for tensors on a CUDA or HIP device; on the CPU the loops compiled by numba where that
+is installed, else the reference. A forced backend either runs or raises :class:`BackendError`: no silent fallback.
 """
 
 import functools
@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from tritprune.errors import BackendError, ConfigError
 from tritprune.registry import did_you_mean
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "numba", "triton")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,7 +28,7 @@ _backend = "auto"
 
 
 def get_backend() -> str:
-    """The backend in force: ``auto``, ``torch`` or ``triton``."""
+    """The backend in force: ``auto``, ``torch``, ``numba`` or ``triton``."""
     return _backend
 
 
@@ -35,7 +36,8 @@ def set_backend(name: str) -> None:
     """Choose the backend for every operation from now on.
 
     Args:
-        name: ``auto`` (Triton on CUDA and HIP devices, else torch), ``torch`` or ``triton``.
+        name: ``auto`` (Triton on CUDA and HIP devices, numba on the CPU where it is installed, else torch), ``torch``,
+            ``numba`` or ``triton``.
 
     Raises:
         ConfigError: unknown name; the message lists the known ones.
@@ -62,10 +64,10 @@ def use_backend(name: str) -> Generator[None]:
 
 
 class Op(Generic[P, T]):
-    """An operation with a reference in torch and a Triton launcher of the same name and signature.
+    """An operation with a reference in torch, and its twins in numba and Triton of the same name and signature.
 
     Args:
-        reference: the specification; its name finds the launcher in ``tritprune.kernels.triton``.
+        reference: the specification; its name finds the twins in ``tritprune.kernels.compiled`` and ``.triton``.
         check: takes the same arguments and raises ValueError where their shapes do not fit.
     """
 
@@ -81,9 +83,23 @@ class Op(Generic[P, T]):
         device = _device_of(self.name, (*args, *kwargs.values()))
         backend = _choose(self.name, device)
         _log.debug("%s runs on backend %s for device %s", self.name, backend, device)
-        run = self.reference if backend == "torch" else self.launcher(device)
+        run = self.implementation(backend, device)
         with torch.no_grad():
             return run(*args, **kwargs)
+
+    def implementation(self, backend: str, device: torch.device | str = "cpu") -> Callable[P, T]:
+        """The reference or one of its twins; ``device`` is only named in the error.
+
+        Args:
+            backend: ``torch``, ``numba`` or ``triton``.
+            device: where the tensors are.
+
+        Raises:
+            BackendError: triton is not installed.
+        """
+        if backend == "numba":
+            return cast("Callable[P, T]", getattr(import_module("tritprune.kernels.compiled"), self.name))
+        return self.reference if backend == "torch" else self.launcher(device)
 
     def launcher(self, device: torch.device | str = "cuda") -> Callable[P, T]:
         """The Triton twin of the reference; ``device`` is only named in the error.
@@ -98,11 +114,16 @@ class Op(Generic[P, T]):
 
 
 def _choose(op: str, device: torch.device) -> str:
-    """``torch`` or ``triton`` for tensors on ``device``."""
+    """``torch``, ``numba`` or ``triton`` for tensors on ``device``."""
     if _backend == "torch":
         return "torch"
     if _backend == "auto":
+        if device.type == "cpu":
+            return "numba" if _has_numba() else "torch"
         return "triton" if device.type == "cuda" and not _triton(op, device).INTERPRETED else "torch"
+    if _backend == "numba":
+        _require_numba(op, device)
+        return "numba"
     interpreted = bool(_triton(op, device).INTERPRETED)
     if device.type == ("cpu" if interpreted else "cuda"):
         return "triton"
@@ -116,6 +137,25 @@ def _choose(op: str, device: torch.device) -> str:
             else "tensors on a CUDA or HIP device, or TRITON_INTERPRET=1 before Python starts"
         )
     )
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def _require_numba(op: str, device: torch.device) -> None:
+    """Refuse what numba cannot do."""
+    if device.type != "cpu":
+        raise BackendError(
+            f"{op}: backend 'numba' cannot run on device '{device}': its loops are compiled for the CPU; "
+            "what would work: backend 'triton' or 'auto' there, or CPU tensors"
+        )
+    if not _has_numba():
+        raise BackendError(
+            f"{op}: backend 'numba' cannot run on device '{device}': the package numba is not installed; "
+            "what would work: pip install 'tritprune[cpu]', or backend 'torch'"
+        )
 
 
 def _triton(op: str, device: torch.device) -> Any:
