@@ -69,12 +69,25 @@ def test_an_experiment_composes_and_its_pruner_fits_its_model(name):
 
 
 @pytest.mark.parametrize("name", [f.stem for f in FILES if f.parent.name == "pruner"])
-def test_a_pruner_file_builds_on_the_smoke_model(name):
+def test_a_pruner_file_builds_on_the_smoke_model(name, tmp_path):
     assert name in pruners
-    config = composed("experiment=smoke", f"pruner={name}", "pruner.target_sparsity=0.5")
+    file = tmp_path / "nc.yaml"
+    file.write_text("{target_sparsity: 0.5, start_step: 1, end_step: 5}")
+    own = f"pruner.config={file}" if name == "neural_compressor" else "pruner.target_sparsity=0.5"
+    config = composed("experiment=smoke", f"pruner={name}", own)
     settings = TrainingSettings.from_config(config["training"])
     task = get_task(config["task"])
     assert PrunerMaker(config, settings, task)(task.build_model(0)).final_step >= 1
+
+
+def test_a_control_of_a_named_pruner_has_the_control_criterion():
+    config = composed("experiment=smoke", "pruner=magnitude", "criterion=snip_momentum")
+    maker = PrunerMaker(config, TrainingSettings.from_config(config["training"]), task := get_task(config["task"]))
+    model = task.build_model(0)
+    assert [maker(model, **more).groups[0].criterion for more in ({}, {"criterion": "random"})] == [
+        "magnitude",
+        "random",
+    ]
 
 
 @pytest.mark.parametrize("name", [f.stem for f in FILES if f.parent.name == "sweep"])

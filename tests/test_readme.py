@@ -63,6 +63,17 @@ def test_the_layer_groups_fit_a_bert():
     assert {layer.group for layer in names["pruner"].layers} == {"attention", "feed_forward"}
 
 
+def test_a_neural_compressor_config_loads_as_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_nc.yaml").write_text("{op_names: [attention], target_sparsity: 0.5, start_step: 1, end_step: 4}")
+    block = next(b for b in BLOCKS if "from_neural_compressor" in b)
+    model = tiny_bert()
+    names = {"tritprune": tritprune, "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    exec(block, names)
+    assert names["pruner"].target_sparsity_ratio == 0.5
+    assert all("attention" in layer.name for layer in names["pruner"].layers)
+
+
 def test_a_criterion_of_your_own_is_as_short_as_the_readme_says():
     block = next(b for b in BLOCKS if "register_criterion" in b)
     exec(block, {})

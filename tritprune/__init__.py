@@ -12,8 +12,19 @@ if TYPE_CHECKING:
 
     from tritprune.criteria import Criterion, get_criterion, register_criterion
     from tritprune.kernels import use_backend
+    from tritprune.neural_compressor import from_neural_compressor
     from tritprune.patterns import Pattern, get_pattern, register_pattern
-    from tritprune.pruners import MaskSet, Pruner, get_pruner, register_pruner
+    from tritprune.pruners import (
+        BlockMaskPruner,
+        HeadPruner,
+        MagnitudePruner,
+        MaskSet,
+        Pruner,
+        SnipMomentumPruner,
+        SnipPruner,
+        get_pruner,
+        register_pruner,
+    )
     from tritprune.schedules import Schedule, get_schedule, register_schedule
     from tritprune.slimming import slim, slim_model
     from tritprune.tasks import Task, get_task, register_task
@@ -21,13 +32,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMaskPruner",
     "Criterion",
+    "HeadPruner",
+    "MagnitudePruner",
     "MaskSet",
     "Pattern",
     "Pruner",
     "Schedule",
+    "SnipMomentumPruner",
+    "SnipPruner",
     "Task",
     "__version__",
+    "from_neural_compressor",
     "get_criterion",
     "get_pattern",
     "get_pruner",
@@ -47,8 +64,19 @@ __all__ = [
 _HOME = {
     "criteria": ("Criterion", "get_criterion", "register_criterion"),
     "kernels": ("use_backend",),
+    "neural_compressor": ("from_neural_compressor",),
     "patterns": ("Pattern", "get_pattern", "register_pattern"),
-    "pruners": ("MaskSet", "Pruner", "get_pruner", "register_pruner"),
+    "pruners": (
+        "BlockMaskPruner",
+        "HeadPruner",
+        "MagnitudePruner",
+        "MaskSet",
+        "Pruner",
+        "SnipMomentumPruner",
+        "SnipPruner",
+        "get_pruner",
+        "register_pruner",
+    ),
     "schedules": ("Schedule", "get_schedule", "register_schedule"),
     "slimming": ("slim", "slim_model"),
     "tasks": ("Task", "get_task", "register_task"),

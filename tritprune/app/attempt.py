@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.text import Text
 
-from tritprune.app.composition import PrunerMaker, composition
+from tritprune.app.composition import PrunerMaker, composition, inline_files
 from tritprune.app.signals import StopRequest, stop_signals
 from tritprune.errors import CheckpointError, ConfigError, InterruptedRunError, RunFolderError, TritpruneError
 from tritprune.kernels import set_backend
@@ -94,6 +94,7 @@ class Attempt:
         set_backend(config["kernels"]["backend"])
         for plugin in config["plugins"]:
             _import_plugin(plugin)
+        inline_files(config)
         settings = TrainingSettings.from_config(config["training"])
         if settings.threads:
             torch.set_num_threads(settings.threads)

@@ -1,5 +1,6 @@
 """From config values to objects, and what was composed in a dozen lines."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +9,27 @@ from rich.table import Table
 from torch import nn
 
 from tritprune.errors import ConfigError
-from tritprune.pruners import Pruner, get_pruner
+from tritprune.neural_compressor.reading import read
+from tritprune.pruners import Pruner, get_pruner, pruners
 from tritprune.schedules import resolve_step
 from tritprune.tasks import Task
 from tritprune.training.loop import Run
 from tritprune.training.settings import TrainingSettings
+
+AXES = ("criterion", "pattern", "schedule")
+NEURAL_COMPRESSOR = "neural_compressor"
+
+
+def inline_files(config: dict[str, Any]) -> None:
+    """Put the contents of a Neural Compressor file in the place of its path: they are part of what the run is.
+
+    Raises:
+        ConfigError: the file cannot be read, or has a key that cannot be honoured.
+    """
+    chosen = config["pruner"]
+    if chosen["name"] == NEURAL_COMPRESSOR and isinstance(chosen.get("config"), str):
+        shared, groups = read(chosen["config"])
+        config["pruner"] = {**chosen, "config": {**shared, "pruning_configs": groups}}
 
 
 class PrunerMaker:
@@ -27,10 +44,17 @@ class PrunerMaker:
         Raises:
             ConfigError, BudgetError: settings that are unknown, out of range or contradict each other.
         """
-        values = {key: self._config[key] for key in ("criterion", "pattern", "schedule")} | dict(self._config["pruner"])
-        values |= {"seed": self._config["seed"]} | replaced
+        chosen = dict(self._config["pruner"])
         total = self._settings.prune.steps
         per_epoch = max(1, self._task.n_train // self._settings.batch_size)
+        if chosen["name"] == NEURAL_COMPRESSOR:
+            length = {"total_steps": total, "steps_per_epoch": per_epoch}
+            own = {"name": NEURAL_COMPRESSOR, "config": chosen.get("config"), "seed": self._config["seed"]}
+            return get_pruner({**own, **length, **replaced}, model)
+        if not replaced.keys().isdisjoint(_fixed(chosen["name"])):
+            chosen["name"] = "iterative"  # a control: the same settings but for what is replaced
+        values = {key: self._config[key] for key in AXES if _takes(chosen["name"], key)} | chosen
+        values |= {"seed": self._config["seed"]} | replaced
         for settings in (values, *(dict(g) for g in values.get("groups") or ())):
             for key in ("start_step", "end_step"):
                 if settings.get(key) is not None:
@@ -59,14 +83,15 @@ def composition(config: Mapping[str, Any], run: Run, pruner: Pruner) -> Table:
         f"{task.n_train:,} to train on, {task.n_eval:,} held out, {len(task.labels)} classes, "
         f"hash {task.data_hash[:12]}",
     )
-    for group in chosen["groups"] or [{}]:
-        merged = {**config, **chosen, **group}
-        label = f"prune {group['name']}" if group.get("name") else "prune"
+    for group in pruner.groups:
         table.add_row(
-            label,
-            f"{_brief(merged['criterion'])}, pattern {_brief(merged['pattern'])}, {merged['scope']} scope, "
-            f"target sparsity {merged['target_sparsity']:g}, {_brief(merged['schedule'])} schedule",
+            "prune" if len(pruner.groups) == 1 else f"prune {group.name}",
+            f"{_brief(group.criterion)}, pattern {_brief(group.pattern)}, {group.scope} scope, "
+            f"target sparsity {group.target_sparsity:g}, {_brief(group.schedule)} schedule",
         )
+    if chosen["name"] == NEURAL_COMPRESSOR:
+        besides = [*AXES, *(key for key in chosen if key not in ("name", "config"))]
+        table.add_row("", f"as the Neural Compressor config says; {', '.join(besides)} of this config do not count")
     elements = sum(layer.elements for layer in pruner.layers)
     table.add_row(
         "layers", f"{len(pruner.layers)} with {elements:,} weights are pruned, {len(pruner.excluded)} left out"
@@ -86,6 +111,16 @@ def composition(config: Mapping[str, Any], run: Run, pruner: Pruner) -> Table:
     )
     table.add_row("folder", str(run.folder.path))
     return table
+
+
+def _takes(name: str, key: str) -> bool:
+    """Whether a pruner takes this part of the config, rather than having one of its own."""
+    parameters = inspect.signature(pruners.get(name)).parameters.values()
+    return key not in _fixed(name) and any(p.name == key or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _fixed(name: str) -> Mapping[str, Any]:
+    return getattr(pruners.get(name), "fixes", {})
 
 
 def _brief(part: Any) -> str:

@@ -24,6 +24,7 @@ from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.grouping import group_layers
 from tritprune.pruners.masks import LayerMask, MaskSet, pack, unpack
 from tritprune.pruners.reports import LayerCount, PruneEvent, SparsityReport, sparsity_of
+from tritprune.pruners.spec_names import SpecNames, by_modules
 from tritprune.pruners.update import update_masks, warnings_of
 from tritprune.registry import Registry
 from tritprune.schedules import Schedule
@@ -45,22 +46,26 @@ def register_pruner(name: str) -> Callable[[P], P]:
     return pruners.register(name)
 
 
-def get_pruner(config: str | Mapping[str, Any], **arguments: Any) -> "Pruner":
+def get_pruner(
+    config: str | Mapping[str, Any], modules: nn.Module | Mapping[str, nn.Module] | None = None, **arguments: Any
+) -> "Pruner":
     """Make the pruner that ``config`` names, ``"iterative"`` or ``{"name": "one_shot", **settings}``.
 
     Args:
-        config: a name, or a mapping with ``name`` and settings.
-        arguments: more of its arguments; ``model`` has to be among them.
+        config: a name, or a mapping with ``name`` and settings. It may change places with ``modules``.
+        modules: the model, or ``{dotted name: layer}`` of exactly the layers to prune.
+        arguments: more of its arguments; ``model`` instead of ``modules``.
 
     Raises:
         UnknownNameError: unknown name; the message lists the known ones.
         ConfigError: an unknown or missing setting, or one out of range.
     """
-    return pruners.build(config, **arguments)
+    settings, model = by_modules(config, modules)
+    return pruners.build(settings, **({} if model is None else {"model": model}), **arguments)
 
 
 @register_pruner("iterative")
-class Pruner:
+class Pruner(SpecNames):
     """Prunes a model while it trains.
 
     ``groups`` are settings per layer group over the other arguments; without them all chosen layers are one group.

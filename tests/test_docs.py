@@ -1,0 +1,55 @@
+"""What docs/ says about the code is what the code says."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import tritprune
+from tritprune.neural_compressor import keys
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(generator().pages()))
+def test_a_generated_page_is_up_to_date(name):
+    assert (DOCS / name).read_text(encoding="utf-8") == generator().pages()[name], "run scripts/vocabulary"
+
+
+def test_a_new_key_makes_the_page_stale(monkeypatch):
+    monkeypatch.setattr(keys, "KEYS", (*keys.KEYS, keys.Key("brand_new", 1, "frequency")))
+    page = (DOCS / "neural_compressor.md").read_text(encoding="utf-8")
+    assert "brand_new" in generator().with_keys(page) != page
+
+
+def test_both_ways_of_the_page_are_the_same_pruning():
+    """Their config and the rewritten one choose the same masks; only the loop's length is cut short."""
+    page = (DOCS / "neural_compressor.md").read_text(encoding="utf-8")
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "tritprune" in b]
+    tokens = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.tensor([0, 1])}
+    digests = []
+    for block in blocks:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        model = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **sizes)).eval()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        names = {"tritprune": tritprune, "model": model, "optimizer": optimizer, "batches": []}
+        exec(re.sub(r"(start_step=|end_step=|frequency=)(\d+)0\b", r"\g<1>\2", block), names)
+        for _ in range(100):
+            optimizer.zero_grad()
+            model(**tokens).loss.backward()
+            optimizer.step()
+        assert names["pruner"].current_sparsity_ratio == pytest.approx(0.8, abs=0.001)
+        digests.append(names["pruner"].digest())
+    assert len(digests) == 2
+    assert digests[0] == digests[1]
