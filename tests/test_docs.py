@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import tritprune
 from tritprune.neural_compressor import keys
+from tritprune.schedules import Linear, schedules
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -30,6 +31,11 @@ def test_a_new_key_makes_the_page_stale(monkeypatch):
     monkeypatch.setattr(keys, "KEYS", (*keys.KEYS, keys.Key("brand_new", 1, "frequency")))
     page = (DOCS / "neural_compressor.md").read_text(encoding="utf-8")
     assert "brand_new" in generator().with_keys(page) != page
+
+
+def test_a_new_name_makes_the_vocabulary_stale(monkeypatch):
+    monkeypatch.setitem(schedules._entries, "brand_new", Linear)
+    assert "| `brand_new` | [Linear]" in generator().vocabulary()
 
 
 def test_both_ways_of_the_page_are_the_same_pruning():
