@@ -59,7 +59,7 @@ THEIRS = {
     "SparseGPTPruner": "pruner sparse_gpt",
     "model_slim": "slimming.slim_model",
 }
-"""Neural Compressor's name -> what does its work here: an object below ``tritprune``, or a kind and a registered name."""
+"""Neural Compressor's name -> what does its work here: an object of ``tritprune``, or a kind and a registered name."""
 
 
 def pages() -> dict[str, str]:
