@@ -7,8 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from tritprune.app.composition import PrunerMaker
+from tritprune.app.composition import PrunerMaker, inline_files
 from tritprune.criteria import get_criterion
+from tritprune.errors import ConfigError
 from tritprune.patterns import get_pattern
 from tritprune.pruners import pruners
 from tritprune.schedules import get_schedule
@@ -78,6 +79,24 @@ def test_a_pruner_file_builds_on_the_smoke_model(name, tmp_path):
     settings = TrainingSettings.from_config(config["training"])
     task = get_task(config["task"])
     assert PrunerMaker(config, settings, task)(task.build_model(0)).final_step >= 1
+
+
+def test_the_contents_of_a_neural_compressor_file_are_part_of_the_run(tmp_path):
+    file = tmp_path / "nc.yaml"
+    file.write_text("{pruners: [], end_step: 5}")
+    config = composed("experiment=smoke", "pruner=neural_compressor", f"pruner.config={file}")
+    with pytest.raises(ConfigError, match="write pruning_configs"):
+        inline_files(config)
+    file.write_text("{pruning_type: magnitude, end_step: 5}")
+    inline_files(config)
+    assert config["pruner"]["config"] == {"pruning_type": "magnitude", "end_step": 5, "pruning_configs": [{}]}
+    file.unlink()
+    maker = PrunerMaker(config, TrainingSettings.from_config(config["training"]), task := get_task(config["task"]))
+    model = task.build_model(0)
+    assert [maker(model, **more).groups[0].criterion for more in ({}, {"criterion": "random"})] == [
+        "magnitude",
+        "random",
+    ]
 
 
 def test_a_control_of_a_named_pruner_has_the_control_criterion():

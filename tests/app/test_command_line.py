@@ -126,6 +126,10 @@ MISTAKES = [
     ([*SMOKE, "slimmer.tracer=jitt"], ["jitt", "jit"]),
     ([*SMOKE, "resume=nowhere"], ["nowhere", "resume=auto"]),
     ([*SMOKE, "plugins=[no_such_module]"], ["no_such_module"]),
+    ([*SMOKE, "pruner=neural_compressor"], ["pruner.config=my_nc.yaml"]),
+    ([*SMOKE, "pruner=neural_compressor", "pruner.config=nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    ([*SMOKE, "pruner=neural_compressor", "pruner.config={end_stop: 30}"], ["did you mean 'end_step'"]),
+    ([*SMOKE, "pruner=neural_compressor", "pruner.config={end_step: 500}"], ["500", "60"]),
     ([*SMOKE, "run_dir=/proc/1/nope"], ["/proc/1/nope", "run_dir="]),
 ]
 
