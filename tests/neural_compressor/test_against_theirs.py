@@ -89,10 +89,16 @@ def test_the_masks_are_theirs(config, monkeypatch, request):
     monkeypatch.setattr(torch, "save", torch.save)  # they replace it
     theirs, optimizer = bert()
     given = copy.deepcopy(config)
-    prepare_pruning(theirs, WeightPruningConfig(given.pop("pruning_configs", [{}]), **given), optimizer)
+    used = WeightPruningConfig(given.pop("pruning_configs", [{}]), **given)
+    prepare_pruning(theirs, used, optimizer)
     train(theirs, optimizer)
     ours, optimizer = bert()
     pruner = from_neural_compressor(config, ours).attach(optimizer)
+    same = from_neural_compressor(used, ours)  # their object, after they have written their defaults into it
+    assert [(layer.name, layer.pattern) for layer in same.layers] == [
+        (layer.name, layer.pattern) for layer in pruner.layers
+    ]
+    assert [group.target_sparsity for group in same.groups] == [group.target_sparsity for group in pruner.groups]
     train(ours, optimizer)
     chosen = {name for group in theirs.prunings[0].pruners for name in group.modules}
     assert chosen == {layer.name for layer in pruner.layers}

@@ -82,11 +82,6 @@ def resolve(shared: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def given(shared: Mapping[str, Any], group: Mapping[str, Any], key: str) -> bool:
-    """Whether a key is in the config at all."""
-    return group.get(key) is not None or shared.get(key) is not None
-
-
 def _with_parameters(level: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(level)
     parameters = values.pop("parameters", None) or {}

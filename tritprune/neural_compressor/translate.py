@@ -9,7 +9,7 @@ from torch import nn
 from tritprune.errors import ConfigError
 from tritprune.neural_compressor.keys import CRITERIA, OTHER_TYPES, UNSUPPORTED_TYPES
 from tritprune.neural_compressor.layers import choose_layers
-from tritprune.neural_compressor.reading import given, resolve
+from tritprune.neural_compressor.reading import resolve
 from tritprune.pruners.layers import Inventory
 from tritprune.registry import did_you_mean
 from tritprune.schedules import resolve_step
@@ -53,8 +53,7 @@ def translate(
     settings: dict[str, Any] = {"pattern": pattern, "include": include, "exclude": exclude, "exclude_head": True}
     if pruner == "pattern_lock":
         return pruner, settings
-    if given(shared, group, "criterion_type"):
-        criterion = _agreed_criterion(values, criterion, pattern, type_given=given(shared, group, "pruning_type"))
+    criterion = _agreed_criterion(values, criterion, pattern)
     settings |= {
         "scope": values["pruning_scope"],
         "target_sparsity": values["target_sparsity"],
@@ -92,17 +91,18 @@ def _pattern(text: object) -> str:
     return "heads" if "mha" in text else text.rpartition("_")[2]
 
 
-def _agreed_criterion(
-    values: Mapping[str, Any], criterion: str | None, pattern: str, *, type_given: bool
-) -> str | None:
-    """``criterion_type`` counts for heads; elsewhere ``pruning_type`` does, and the two must agree."""
-    word = values["criterion_type"]
+def _agreed_criterion(values: Mapping[str, Any], criterion: str | None, pattern: str) -> str | None:
+    """``criterion_type`` counts for heads; elsewhere ``pruning_type`` does, and the two must agree.
+
+    The default of either says nothing: Neural Compressor writes its defaults into the configs that it is given.
+    """
+    word, default = values["criterion_type"], CRITERIA["snip_momentum"]
     if word not in CRITERIA and word != "retrain_free":
         raise ConfigError(f"unknown criterion_type '{word}'; {did_you_mean(str(word), list(CRITERIA))}")
     other = CRITERIA.get(word)
-    if criterion is None or other == criterion:
+    if criterion is None or other in (criterion, default):
         return criterion
-    if pattern == "heads" and not type_given:
+    if pattern == "heads" and criterion == default:
         return other
     raise ConfigError(
         f"criterion_type '{word}' contradicts pruning_type '{values['pruning_type']}', which decides; "
