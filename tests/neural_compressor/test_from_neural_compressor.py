@@ -9,9 +9,11 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import tritprune
+from tritprune.criteria import criteria
 from tritprune.errors import ConfigError
-from tritprune.neural_compressor import WeightPruningConfig, from_neural_compressor, prepare_pruning
+from tritprune.neural_compressor import WeightPruningConfig, from_neural_compressor, keys, prepare_pruning
 from tritprune.neural_compressor.keys import KEYS, REFUSED, RENAMED
+from tritprune.pruners import Pruner, pruners
 
 STEPS = {"start_step": 1, "end_step": 10}
 
@@ -296,13 +298,31 @@ def test_mha_is_heads_and_there_criterion_type_counts(bert):
     assert (pruner.pattern.label, pruner.groups[0].criterion) == ("head", "magnitude")
 
 
-def test_pruners_of_several_kinds_are_refused_by_name(bert):
-    config = {
-        **STEPS,
-        "pruning_configs": [{"op_names": ["query"], "pruning_type": "pattern_lock"}, {"op_names": ["key"]}],
-    }
+def test_pruners_of_several_kinds_are_refused_by_name(bert, monkeypatch):
+    monkeypatch.setitem(pruners._entries, "pattern_lock", Pruner)  # whether or not there is one
+    first = {"op_names": ["query"], "pruning_type": "pattern_lock"}
     with pytest.raises(ConfigError, match=r"\[0\] needs pruner 'pattern_lock', .*\[1\] needs pruner 'iterative'"):
-        from_neural_compressor(config, bert)
+        from_neural_compressor({**STEPS, "pruning_configs": [first, {"op_names": ["key"]}]}, bert)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "name"),
+    [
+        ({"pruning_type": "pattern_lock"}, "pruner", "pattern_lock"),
+        ({"pruning_type": "snip_progressive"}, "pruner", "progressive"),
+        ({"pruning_type": "retrain_free"}, "pruner", "retrain_free"),
+        ({"pruning_type": "block_mask"}, "criterion", "snip_momentum_block"),
+    ],
+    ids=str,
+)
+def test_a_part_that_is_missing_is_named(config, kind, name, bert, monkeypatch):
+    """Whether or not it is missing now: its registry is emptied of it."""
+    monkeypatch.delitem({"pruner": pruners, "criterion": criteria}[kind]._entries, name, raising=False)
+    with pytest.raises(
+        ConfigError, match=f"pruning_type '{config['pruning_type']}' needs {kind} '{name}', which is not"
+    ):
+        from_neural_compressor({**STEPS, **config}, bert)
+    assert f"`{name}`, not here yet" in keys.table()
 
 
 # ---- use -----------------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 Defaults are those of ``neural_compressor.compression.pruner.utils.process_and_check_config`` in version 2.6.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tritprune.criteria import criteria
 from tritprune.errors import ConfigError
+from tritprune.pruners import Pruner, pruners
 from tritprune.registry import did_you_mean
 
 
@@ -125,19 +128,43 @@ def check_keys(where: str, given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where} has no key '{name}'; {did_you_mean(str(name), known)}")
 
 
+def check_here(what: str, kind: str, name: str) -> None:
+    """Refuse by its own name what needs a part that this version of tritprune does not have.
+
+    Args:
+        what: the key and value, for messages.
+        kind: "pruner", "criterion" or "setting".
+        name: of the part.
+
+    Raises:
+        ConfigError: the part is missing.
+    """
+    if not _is_here(kind, name):
+        raise ConfigError(f"{what} needs {kind} '{name}', which is not here yet; leave it out or choose another")
+
+
+def _is_here(kind: str, name: str) -> bool:
+    known = {"pruner": pruners, "criterion": criteria, "setting": inspect.signature(Pruner).parameters}
+    return name in known[kind]
+
+
 def table() -> str:
     """The keys in Markdown, for docs/neural_compressor.md."""
+
+    def mark(kind: str, name: str) -> str:
+        return f"`{name}`" if _is_here(kind, name) else f"`{name}`, not here yet: refused"
+
     lines = ["| their key | default | becomes | note |", "|---|---|---|---|"]
-    lines += [f"| `{key.name}` | `{key.default}` | `{key.setting}` | {key.note} |" for key in KEYS]
+    for key in KEYS:
+        becomes = mark("setting", key.setting) if " " not in key.setting else key.setting
+        lines.append(f"| `{key.name}` | `{key.default}` | {becomes} | {key.note} |")
     lines += [
         f"| `{name}` | `{values[0]}` | refused if set | {instead} |" for name, (values, instead) in REFUSED.items()
     ]
-    lines.append("")
-    lines += ["| their `pruning_type` | pruner | criterion |", "|---|---|---|"]
-    for theirs, ours in CRITERIA.items():
-        lines.append(f"| `{theirs}` | `iterative` | `{ours}` |")
-    lines.append("| any of these and `_progressive` | `progressive` | that of the first part |")
-    lines += [f"| `{theirs}` | `{ours}` | |" for theirs, ours in OTHER_TYPES.items()]
+    lines += ["", "| their `pruning_type` | pruner | criterion |", "|---|---|---|"]
+    lines += [f"| `{theirs}` | `iterative` | {mark('criterion', ours)} |" for theirs, ours in CRITERIA.items()]
+    lines.append(f"| any of these and `_progressive` | {mark('pruner', 'progressive')} | that of the first part |")
+    lines += [f"| `{theirs}` | {mark('pruner', ours)} | |" for theirs, ours in OTHER_TYPES.items()]
     lines += [f"| `{theirs}` | refused | {why} |" for theirs, why in UNSUPPORTED_TYPES.items()]
     lines += ["", "| key of version 1.x, refused | write |", "|---|---|"]
     lines += [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]

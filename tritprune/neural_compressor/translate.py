@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tritprune.errors import ConfigError
-from tritprune.neural_compressor.keys import CRITERIA, OTHER_TYPES, UNSUPPORTED_TYPES
+from tritprune.neural_compressor.keys import CRITERIA, OTHER_TYPES, UNSUPPORTED_TYPES, check_here
 from tritprune.neural_compressor.layers import choose_layers
 from tritprune.neural_compressor.reading import resolve
 from tritprune.pruners.layers import Inventory
@@ -49,11 +49,14 @@ def translate(
     values = resolve(shared, group)
     pattern = _pattern(values["pattern"])
     pruner, criterion = _kind(str(values["pruning_type"]))
+    check_here(f"pruning_type '{values['pruning_type']}'", "pruner", pruner)
     include, exclude = choose_layers(model, inventory, values)
     settings: dict[str, Any] = {"pattern": pattern, "include": include, "exclude": exclude, "exclude_head": True}
     if pruner == "pattern_lock":
         return pruner, settings
     criterion = _agreed_criterion(values, criterion, pattern)
+    if criterion is not None:
+        check_here(f"pruning_type '{values['pruning_type']}'", "criterion", criterion)
     settings |= {
         "scope": values["pruning_scope"],
         "target_sparsity": values["target_sparsity"],
@@ -63,8 +66,10 @@ def translate(
     }
     regularizer = _regularizer(values, pattern)
     if regularizer is not None:
+        check_here("reg_type group_lasso", "setting", "regularizer")
         settings["regularizer"] = regularizer
     if values["low_memory_usage"]:
+        check_here("low_memory_usage", "setting", "score_dtype")
         settings["score_dtype"] = "bf16"
     if pruner == "retrain_free":
         return pruner, settings
