@@ -38,6 +38,18 @@ ELEMENTS = [
     ("gradient", [[0.5, 1], [1, 7], [0, 2]]),
     ("snip", [[0.5, 2], [3, 0], [0, 1]]),
     ("snip_momentum", [[0.5, 2], [3, 0], [0, 1]]),
+    ("snip_momentum_block", [[0.5, 2], [3, 0], [0, 1]]),
+    ("taylor", [[0.25, 4], [9, 0], [0, 1]]),
+    ("retrain_free", [[0.25, 4], [9, 0], [0, 1]]),
+    ("movement", [[-0.5, 2], [3, 0], [0, 1]]),
+]
+
+BLOCKS = [  # 2x1 with mean: rows 0 and 1 make a unit of two, row 2 a unit of one; w g is [.5, -2], [-3, 0], [0, -1]
+    ("snip_momentum", [[1.75, 1], [0, 1]]),
+    ("snip_momentum_block", [[1.25, 1], [0, 1]]),
+    ("taylor", [[1.5625, 1], [0, 1]]),
+    ("retrain_free", [[1.5625, 1], [0, 1]]),
+    ("movement", [[1.25, 1], [0, 1]]),
 ]
 
 
@@ -46,6 +58,53 @@ def test_a_criterion_is_its_formula(name, expected):
     scores, skipped = score(get_criterion(name), (1, 1))
     assert scores.tolist() == expected
     assert skipped == 0
+
+
+@pytest.mark.parametrize(("name", "expected"), BLOCKS)
+def test_a_block_is_its_signed_sum_where_the_mask_is_meant(name, expected):
+    scores, _ = score(get_criterion(name), (2, 1))
+    assert scores.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [("snip_momentum_block", 1.9 * 1.25), ("taylor", 1.9 * 1.5625), ("retrain_free", 3.125), ("movement", 2.5)],
+)
+def test_what_a_second_step_adds(name, second):
+    scores, _ = score(get_criterion(name), (2, 1))
+    scores, _ = score(get_criterion(name), (2, 1), state=scores)
+    assert scores[0, 0].item() == pytest.approx(second)
+
+
+def test_the_gradient_of_a_block_mask_is_what_a_mask_parameter_would_get():
+    """No mask parameter is needed: autograd of one gives the same numbers."""
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(8, 6, requires_grad=True), torch.randn(5, 6)
+    mask = torch.ones(2, 6, requires_grad=True)
+    torch.tanh(inputs @ (weight * mask.repeat_interleave(4, 0)).t()).sum().backward()
+    scores, _ = score(get_criterion("snip_momentum_block"), (4, 1), "sum", weight.detach(), weight.grad)
+    assert torch.allclose(scores, mask.grad.abs(), atol=1e-6)
+
+
+def test_l2_is_the_norm_of_the_unit():
+    scores, _ = score(get_criterion("magnitude"), (2, 1), "l2")
+    assert scores.tolist() == [[pytest.approx(10**0.5), 2.0], [4.0, 0.5]]
+
+
+def test_bf16_scores_do_not_underflow_and_round_to_nearest():
+    weight, gradient = torch.full((2, 2), 1e-4), torch.full((2, 2), 1e-5)
+    state = torch.zeros(2, 2, dtype=torch.bfloat16)
+    scores, _ = score(get_criterion("snip_momentum"), (1, 1), weight=weight, gradient=gradient, state=state)
+    assert scores.dtype == torch.bfloat16
+    assert scores[0, 0] == torch.tensor(1e-9).bfloat16() > 0
+    assert torch.tensor(1e-9).half() == 0
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 1.1}, {"beta": 0.0}])
+def test_mask_gradients_out_of_range(settings):
+    ((key, value),) = settings.items()
+    with pytest.raises(ConfigError, match=f"{key}.*got {value}"):
+        get_criterion({"name": "taylor", **settings})
 
 
 def test_momentum_keeps_nine_tenths_of_the_past_and_all_of_the_present():

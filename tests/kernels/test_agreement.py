@@ -74,4 +74,7 @@ def test_the_reference_is_as_accurate_as_fp32_allows():
         expected = agreement.expected_results(case)
         for result, truth in zip(expected, agreement.exact_unit_scores(case.arguments()), strict=False):
             finite = result.isfinite()
-            assert torch.allclose(result.double()[finite], truth[finite], rtol=2e-6, atol=1e-44), str(case)
+            arguments = case.arguments()
+            rtol = 2**-8 if result.dtype == torch.bfloat16 else 2e-6
+            atol = 1e-6 if arguments["form"] == "product" else 1e-44  # terms of a signed sum cancel
+            assert torch.allclose(result.double()[finite], truth[finite], rtol=rtol, atol=atol), str(case)

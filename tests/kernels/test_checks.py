@@ -23,7 +23,7 @@ def accumulate(**changes):
     ("changes", "message"),
     [
         ({"scores": [ones(8, 3)]}, r"score of shape \[2, 3\], got float32 \[8, 3\]"),
-        ({"scores": [ones(2, 3, dtype=torch.float64)]}, r"scores are float32, got float64 \[2, 3\]"),
+        ({"scores": [ones(2, 3, dtype=torch.float64)]}, r"scores are float32 or bfloat16, got float64 \[2, 3\]"),
         ({"scores": [ones(3, 2).t()]}, r"contiguous, got strides \(1, 2\)"),
         ({"skipped": torch.zeros(2, dtype=torch.int64)}, r"int64 \[1\], got int64 \[2\]"),
         ({"weights": [ones(8, 3, dtype=torch.int32)]}, "weight is float32, bfloat16 or float16, got int32"),

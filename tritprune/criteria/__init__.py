@@ -6,6 +6,10 @@
 | gradient | ``abs(g)`` | none |
 | snip | ``abs(w g)`` | none |
 | snip_momentum | ``S <- alpha S + beta abs(w g)`` | S, per unit |
+| snip_momentum_block | ``S <- alpha S + beta abs(sum_unit w g)`` | S, per unit |
+| taylor | ``S <- alpha S + beta (sum_unit w g)^2`` | S, per unit |
+| movement | ``S <- S - w g`` | S, per unit |
+| retrain_free | ``S <- S + (sum_unit w g)^2``, Fisher information of the mask | S, per unit |
 | random | uniform, the control | none |
 """
 
@@ -20,6 +24,7 @@ from tritprune.criteria.base import (
 )
 from tritprune.criteria.gradient import Gradient
 from tritprune.criteria.magnitude import Magnitude
+from tritprune.criteria.mask_gradient import MaskGradient, Movement, RetrainFree, SnipMomentumBlock, Taylor
 from tritprune.criteria.random import Random
 from tritprune.criteria.snip import Snip, SnipMomentum
 
@@ -28,10 +33,15 @@ __all__ = [
     "Form",
     "Gradient",
     "Magnitude",
+    "MaskGradient",
+    "Movement",
     "Random",
     "Reduce",
+    "RetrainFree",
     "Snip",
     "SnipMomentum",
+    "SnipMomentumBlock",
+    "Taylor",
     "criteria",
     "get_criterion",
     "reduce_units",

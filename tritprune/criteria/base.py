@@ -18,16 +18,19 @@ from tritprune.errors import ConfigError
 from tritprune.kernels import UnitGrid, accumulate_unit_scores_
 from tritprune.registry import Registry
 
-Form = Literal["magnitude", "gradient", "snip"]
-Reduce = Literal["mean", "sum", "max"]
+Form = Literal["magnitude", "gradient", "snip", "product"]
+Reduce = Literal["mean", "sum", "max", "l2"]
+Finish = Literal["none", "abs", "square"]
 C = TypeVar("C", bound="type[Criterion]")
 
 
 class Criterion:
-    """Scores of units: ``S <- alpha * S + beta * reduce_unit(element score)``, fp32.
+    """Scores of units: ``S <- alpha * S + beta * finish(reduce_unit(element score))``, computed in fp32.
 
     Attributes:
         form: the kernel's formula for the element score; None: :meth:`element_scores` computes it.
+        finish: what becomes of the number of a unit: nothing, its absolute value or its square.
+        reductions: the values of ``reduce`` that mean something; a signed sum has no maximum.
         needs_gradient: whether the element score uses the gradient.
         every_step: whether ``S`` is updated at every optimizer step until the last prune step, or only when a mask
             update is due.
@@ -36,6 +39,8 @@ class Criterion:
     """
 
     form: ClassVar[Form | None] = None
+    finish: ClassVar[Finish] = "none"
+    reductions: ClassVar[tuple[Reduce, ...]] = ("mean", "sum", "max", "l2")
     needs_gradient: bool = True
     every_step: bool = False
     alpha: float = 0.0
@@ -81,7 +86,7 @@ class Criterion:
         """Fold the present weights and gradients of many layers into their scores, in place, without a host read.
 
         Args:
-            scores: fp32 ``[rows, cols]`` each, the ``S`` of the layers.
+            scores: fp32 or bf16 ``[rows, cols]`` each, the ``S`` of the layers.
             skipped: int64 ``[T]``; grows by each layer's elements with a non-finite gradient.
             weights: ``[R, C]`` each.
             gradients: like ``weights``; None without ``needs_gradient``.
@@ -99,6 +104,7 @@ class Criterion:
                 reduce=reduce,
                 alpha=self.alpha,
                 beta=self.beta,
+                finish=self.finish,
             )
             return
         for layer, (score, weight, block) in enumerate(zip(scores, weights, blocks, strict=True)):
@@ -115,8 +121,9 @@ class Criterion:
                 )
             if finite is not None:
                 fresh = fresh.masked_fill(~finite, 0.0)
-            units = reduce_units(fresh.float(), block, reduce).mul_(self.beta)
-            score.copy_(units if self.alpha == 0 else score.mul_(self.alpha).add_(units))
+            units = reduce_units(fresh.float(), block, reduce)
+            units = {"none": units, "abs": units.abs(), "square": units.square()}[self.finish].mul_(self.beta)
+            score.copy_(units if self.alpha == 0 else score.float().mul(self.alpha).add_(units))
 
     def state_dict(self) -> dict[str, Any]:
         """State beside ``S`` that a resumed run needs: tensors and plain Python only."""
@@ -133,7 +140,7 @@ def reduce_units(values: Tensor, block: tuple[int, int], reduce: Reduce) -> Tens
     Args:
         values: fp32 ``[R, C]``.
         block: ``(n, m)``.
-        reduce: ``mean``, ``sum`` or ``max`` over a unit's elements.
+        reduce: ``mean``, ``sum``, ``max`` or ``l2`` (the root of the sum of squares) over a unit's elements.
 
     Returns:
         fp32 ``[ceil(R / n), ceil(C / m)]``.
@@ -145,6 +152,8 @@ def reduce_units(values: Tensor, block: tuple[int, int], reduce: Reduce) -> Tens
     blocked = padded.reshape(grid.rows, n, grid.cols, m)
     if reduce == "max":
         return blocked.amax((1, 3))
+    if reduce == "l2":
+        return blocked.square().sum((1, 3)).sqrt()
     total = blocked.sum((1, 3))
     return total / grid.sizes(values.device) if reduce == "mean" else total
 
@@ -162,11 +171,17 @@ def register_criterion(name: str) -> Callable[[C], C]:
     return criteria.register(name)
 
 
-def get_criterion(config: str | Mapping[str, Any] | Criterion) -> Criterion:
+def get_criterion(config: str | Mapping[str, Any] | Criterion, modules: object = None) -> Criterion:
     """The criterion that ``config`` names: ``"snip"``, ``{"name": "snip_momentum", "alpha": 0.95}``, or one as it is.
+
+    Args:
+        config: a name, a mapping with ``name`` and arguments, or a criterion.
+        modules: taken for callers that pass them, and not needed: a criterion is given weights when it is called, and
+            the scores by layer name are :attr:`tritprune.Pruner.scores`.
 
     Raises:
         UnknownNameError: unknown name; the message lists the known ones.
         ConfigError: unknown argument, or one out of range.
     """
+    del modules
     return config if isinstance(config, Criterion) else criteria.build(config)

@@ -74,13 +74,14 @@ def assert_as_accurate(where: str, actual: Tensor, expected: Tensor, truth: Tens
 def exact_unit_scores(arguments: Arguments) -> list[Tensor]:
     """The scores of ``accumulate_unit_scores_`` in fp64, written down once more without any thought of speed."""
     results: list[Tensor] = []
-    form, reduce, alpha, beta = (arguments[name] for name in ("form", "reduce", "alpha", "beta"))
+    form, reduce, alpha, beta, finish = (arguments[name] for name in ("form", "reduce", "alpha", "beta", "finish"))
     gradients = arguments["gradients"] or arguments["weights"]
     for score, weight, gradient, block in zip(
         arguments["scores"], arguments["weights"], gradients, arguments["blocks"], strict=True
     ):
         w, g = weight.double(), gradient.double()
-        values = {"magnitude": w, "gradient": g, "snip": w * g}[form].abs()
+        values = {"magnitude": w, "gradient": g, "snip": w * g, "product": w * g}[form]
+        values = values if form == "product" else values.abs()
         if form != "magnitude":
             values = values.where(g.isfinite(), 0.0)
         n, m = block
@@ -89,7 +90,8 @@ def exact_unit_scores(arguments: Arguments) -> list[Tensor]:
         for row in range(grid.rows):
             for col in range(grid.cols):
                 unit = values[row * n : (row + 1) * n, col * m : (col + 1) * m]
-                fresh[row, col] = {"mean": unit.mean, "sum": unit.sum, "max": unit.amax}[reduce]()
+                fresh[row, col] = {"mean": unit.mean, "sum": unit.sum, "max": unit.amax, "l2": unit.norm}[reduce]()
+        fresh = {"none": fresh, "abs": fresh.abs(), "square": fresh.square()}[finish]
         results.append(beta * fresh + (alpha * score.double() if alpha else 0.0))
     return results
 

@@ -63,6 +63,9 @@ UGLY: tuple[Shape, ...] = ((8, 16), (10, 7), (1, 1), (0, 5), (5, 0), (3, 130), (
 LONG: tuple[Shape, ...] = ((37, 33), (20, 130), (0, 21), (17, 40))
 """Sizes whose channels are large units."""
 
+RAGGED: tuple[Shape, ...] = ((10, 7), (37, 33))
+"""Ragged for every block, small and of several tiles."""
+
 WIDE: tuple[Shape, ...] = ((32, 64), (16, 128))
 """Sizes that the aligned kernels take."""
 
@@ -117,6 +120,23 @@ def _score_cases() -> Iterator[Case]:
         types = (w_type, g_type or torch.float32)
         yield _scores(name, (*UGLY, *WIDE), (4, 1), types=types)
         yield _scores(f"{name}, large", WIDE, (16, 16), types=types, exact=False)
+    for finish in ("none", "abs", "square"):
+        for block in ((4, 1), (3, 5)):
+            yield _scores(f"product {block[0]}x{block[1]} {finish}", RAGGED, block, form="product", finish=finish)
+        name = f"product channels {finish}"
+        yield _scores(name, RAGGED, ("R", 1), form="product", finish=finish, exact=False)
+    yield _scores("product, reduce sum", WIDE, (4, 1), form="product", reduce="sum", beta=-1.0, alpha=1.0)
+    yield _scores("product, signed zeros", RAGGED, (1, 1), form="product", values="signed zeros", alpha=0.0, beta=-1.0)
+    yield _scores("product, non-finite gradients", UGLY, (4, 1), form="product", values="non-finite", finish="abs")
+    for block in ((4, 1), (1, 4)):
+        yield _scores(f"l2 {block[0]}x{block[1]}", (*RAGGED, WIDE[0]), block, reduce="l2")
+        yield _scores(f"bf16 scores {block[0]}x{block[1]}", (*RAGGED, WIDE[0]), block, state=torch.bfloat16)
+    for block in (("R", 1), (16, 16)):
+        yield _scores(f"l2 {block[0]}x{block[1]}", RAGGED, block, reduce="l2", exact=False)
+    yield _scores("bf16 scores, transposed", RAGGED, (4, 1), state=torch.bfloat16, layout="transposed")
+    yield _scores("bf16 scores, channels of maxima", RAGGED, ("R", 1), state=torch.bfloat16, reduce="max")
+    yield _scores("bf16 scores that are not finite", RAGGED, (1, 1), state=torch.bfloat16, values="nan weights")
+    yield _scores("bf16 scores that overflow", RAGGED, (1, 1), state=torch.bfloat16, values="overflow")
     yield _scores("no layers", (), (4, 1))
     yield _scores("without the old score", UGLY, (4, 1), alpha=0.0, old=math.inf)
     yield _scores("zeros", UGLY, (4, 1), values="zero")
@@ -153,6 +173,8 @@ def _score_arguments(
     layout: str = "plain",
     values: str = "normal",
     types: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    finish: str = "none",
+    state: torch.dtype = torch.float32,
 ) -> Arguments:
     weights = [_values(generator, shape, values if values != "non-finite" else "normal") for shape in shapes]
     gradients = [_values(generator, shape, values if values != "nan weights" else "normal") for shape in shapes]
@@ -160,7 +182,8 @@ def _score_arguments(
     grids = [UnitGrid.of_blocks(shape, block) for shape, block in zip(shapes, blocks, strict=True)]
     return {
         "scores": [
-            torch.rand(g.shape, generator=generator) if old is None else torch.full(g.shape, old) for g in grids
+            (torch.rand(g.shape, generator=generator) if old is None else torch.full(g.shape, old)).to(state)
+            for g in grids
         ],
         "skipped": torch.arange(len(shapes)),
         "weights": [_laid_out(weight.to(types[0]), layout) for weight in weights],
@@ -172,6 +195,7 @@ def _score_arguments(
         "reduce": reduce,
         "alpha": alpha,
         "beta": beta,
+        "finish": finish,
     }
 
 

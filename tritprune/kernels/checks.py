@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from tritprune.kernels.reference import Block, Form, Reduce
+from tritprune.kernels.reference import Block, Finish, Form, Reduce
 from tritprune.kernels.units import UnitGrid
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,12 +23,16 @@ def accumulate_unit_scores_(
     reduce: Reduce,
     alpha: float,
     beta: float,
+    finish: Finish = "none",
 ) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
     del alpha, beta
     op = "accumulate_unit_scores_"
     _one_of(op, "form", form, get_args(Form))
     _one_of(op, "reduce", reduce, get_args(Reduce))
+    _one_of(op, "finish", finish, get_args(Finish))
+    if form == "product" and reduce == "max":
+        raise ValueError(f"{op}: form 'product' has a sign, and its maximum says nothing; reduce by mean, sum or l2")
     _same_length(op, scores=scores, weights=weights, blocks=blocks)
     if form != "magnitude":
         if gradients is None:
@@ -42,7 +46,8 @@ def accumulate_unit_scores_(
     for score, weight, block in zip(scores, weights, blocks, strict=True):
         _float(op, "weight", weight)
         _two_dimensions(op, "weight", weight)
-        _score(op, score, UnitGrid.of_blocks((weight.shape[0], weight.shape[1]), block).shape)
+        grid = UnitGrid.of_blocks((weight.shape[0], weight.shape[1]), block)
+        _score(op, score, grid.shape, (torch.float32, torch.bfloat16))
         if not score.is_contiguous():
             raise ValueError(f"{op}: scores must be contiguous, got strides {score.stride()}")
 
@@ -110,9 +115,10 @@ def _scores_of_grids(op: str, scores: Sequence[Tensor], grids: Sequence[UnitGrid
         _score(op, score, grid.shape)
 
 
-def _score(op: str, score: Tensor, shape: tuple[int, ...]) -> None:
-    if score.dtype != torch.float32:
-        raise ValueError(f"{op}: scores are float32, got {_show(score)}")
+def _score(op: str, score: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
+    if score.dtype not in dtypes:
+        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{op}: scores are {known}, got {_show(score)}")
     _shape(op, "score", score, shape)
 
 

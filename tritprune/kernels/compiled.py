@@ -23,13 +23,15 @@ from numba.extending import overload
 from torch import Tensor
 
 from tritprune.kernels import reference
-from tritprune.kernels.reference import SMALL_UNIT, Block, Form, Reduce
+from tritprune.kernels.reference import SMALL_UNIT, Block, Finish, Form, Reduce
 from tritprune.kernels.units import UnitGrid
 
 _PIECE = 1 << 18
 _SAMPLE = 1 << 17
 _MAGNITUDE_BITS, _INFINITY_BITS = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
-_FORMS = {"magnitude": 0, "gradient": 1, "snip": 2}
+_FORMS = {"magnitude": 0, "gradient": 1, "snip": 2, "product": 3}
+_REDUCTIONS = {"sum": 0, "mean": 1, "max": 2, "l2": 3}
+_FINISHES = {"none": 0, "abs": 1, "square": 2}
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
@@ -55,16 +57,17 @@ def accumulate_unit_scores_(
     reduce: Reduce,
     alpha: float,
     beta: float,
+    finish: Finish = "none",
 ) -> None:
     """See :func:`tritprune.kernels.reference.accumulate_unit_scores_`."""
     jobs: list[tuple[Any, ...]] = []
     layers: list[int] = []
-    numbers = (_FORMS[form], reduce == "max", reduce == "mean", np.float32(alpha), np.float32(beta))
+    how = (_FORMS[form], _REDUCTIONS[reduce], _FINISHES[finish], np.float32(alpha), np.float32(beta))
     for layer, (score, weight, (n, m)) in enumerate(zip(scores, weights, blocks, strict=True)):
         own = _plain(weight)
         gradient = own if gradients is None or form == "magnitude" else _plain(gradients[layer])
         for first, last in _pieces(score.shape[0], n * weight.shape[1]):
-            jobs.append((score.numpy(), own, gradient, first, last, n, m, n * m <= SMALL_UNIT, *numbers))
+            jobs.append((_bits(score), own, gradient, first, last, n, m, n * m <= SMALL_UNIT, *how))
             layers.append(layer)
     for layer, bad in zip(layers, _run(_score_rows, jobs), strict=True):
         if bad:
@@ -72,13 +75,15 @@ def accumulate_unit_scores_(
 
 
 @_compiled
-def _score_rows(score, weight, gradient, first, last, n, m, small, form, largest, mean, alpha, beta):
+def _score_rows(score, weight, gradient, first, last, n, m, small, form, reduce, finish, alpha, beta):
     """Rows ``first`` to ``last`` of units; returns the elements with a non-finite gradient."""
     n_rows, n_cols = weight.shape
     values = np.empty(n_cols, np.float32)
     w_row, g_row = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
     units = np.empty(score.shape[1], np.float32)
     sums = np.empty(score.shape[1], np.float64)
+    old = np.empty(score.shape[1], np.float32)
+    mean, largest, l2 = reduce == 1, reduce == 2, reduce == 3
     in_fp64 = not (small or largest)
     bad = 0
     for unit_row in range(first, last):
@@ -87,6 +92,9 @@ def _score_rows(score, weight, gradient, first, last, n, m, small, form, largest
             w = _as_fp32(weight[row], w_row)
             g = w if form == 0 else _as_fp32(gradient[row], g_row)
             bad += _element_scores(values, w, g, form)
+            if l2:
+                for c in range(n_cols):
+                    values[c] = values[c] * values[c]
             if m == 1:
                 _add_row(units, sums, values, row == top, largest, in_fp64)
             else:
@@ -102,13 +110,24 @@ def _score_rows(score, weight, gradient, first, last, n, m, small, form, largest
                 units[c] = units[c] / size
             if rest:
                 units[whole] = units[whole] / (height * np.float32(rest))
+        if l2:
+            for c in range(units.size):
+                units[c] = np.sqrt(units[c])
+        if finish == 1:
+            for c in range(units.size):
+                units[c] = abs(units[c])
+        elif finish == 2:
+            for c in range(units.size):
+                units[c] = units[c] * units[c]
         out = score[unit_row]
         if alpha == 0:
             for c in range(units.size):
-                out[c] = units[c] * beta
+                units[c] = units[c] * beta
         else:
+            past = _as_fp32(out, old)
             for c in range(units.size):
-                out[c] = out[c] * alpha + units[c] * beta
+                units[c] = past[c] * alpha + units[c] * beta
+        _store(out, units)
     return bad
 
 
@@ -120,7 +139,7 @@ def _add_row(units, sums, values, begins, largest, in_fp64):
             sums[c] = values[c] if begins else sums[c] + values[c]
     elif begins:
         for c in range(values.size):
-            units[c] = values[c]
+            units[c] = values[c] + np.float32(0)  # a sum that starts from +0: it is never -0
     elif largest:
         for c in range(values.size):
             units[c] = values[c] if values[c] > units[c] or values[c] != values[c] else units[c]
@@ -140,7 +159,7 @@ def _add_blocks(units, sums, values, m, begins, largest, in_fp64):
                 total += values[i]
             sums[c] = total
             continue
-        unit = values[first] if begins else units[c]
+        unit = values[first] + np.float32(0) if begins else units[c]
         first += 1 if begins else 0
         if largest:
             for i in range(first, last):
@@ -170,6 +189,29 @@ def _as_fp32_by_type(row, room):
     return same if row.dtype == numba.float32 else widened
 
 
+def _store(out, values):
+    """fp32 values as they are, or rounded to the nearest bf16 (ties to even) where ``out`` holds bf16 as int16."""
+    raise NotImplementedError(f"only compiled code calls this, with {out} and {values}")
+
+
+@overload(_store)
+def _store_by_type(out, values):
+    def same(out, values):
+        for c in range(values.size):
+            out[c] = values[c]
+
+    def rounded(out, values):
+        bits = values.view(np.uint32)
+        for c in range(values.size):
+            if values[c] != values[c]:
+                out[c] = np.int16((bits[c] >> np.uint32(16)) | np.uint32(0x40))
+            else:
+                to_even = np.uint32(0x7FFF) + ((bits[c] >> np.uint32(16)) & np.uint32(1))
+                out[c] = np.int16(np.uint16((bits[c] + to_even) >> np.uint32(16)))
+
+    return same if out.dtype == numba.float32 else rounded
+
+
 @_compiled
 def _element_scores(values, w, g, form):
     """``f(w, g)`` of a row; 0 where the gradient is not finite; returns how many those are."""
@@ -183,9 +225,13 @@ def _element_scores(values, w, g, form):
         for c in range(values.size):
             values[c] = abs(g[c])
             largest = max(largest, np.int32(bits[c] & _MAGNITUDE_BITS))
-    else:
+    elif form == 2:
         for c in range(values.size):
             values[c] = abs(w[c] * g[c])
+            largest = max(largest, np.int32(bits[c] & _MAGNITUDE_BITS))
+    else:
+        for c in range(values.size):
+            values[c] = w[c] * g[c]
             largest = max(largest, np.int32(bits[c] & _MAGNITUDE_BITS))
     bad = 0
     if largest >= _INFINITY_BITS:
@@ -512,6 +558,11 @@ def _plain(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy()
     return tensor.float().numpy()
+
+
+def _bits(score: Tensor) -> np.ndarray:
+    """Contiguous scores in their own memory: fp32, or bf16 as int16."""
+    return (score.view(torch.int16) if score.dtype == torch.bfloat16 else score).numpy()
 
 
 def _sizes(grid: UnitGrid) -> tuple[int, int, int, int, int]:

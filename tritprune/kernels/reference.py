@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tritprune.kernels.units import UnitGrid
 
-Form = Literal["magnitude", "gradient", "snip"]
-Reduce = Literal["mean", "sum", "max"]
+Form = Literal["magnitude", "gradient", "snip", "product"]
+Reduce = Literal["mean", "sum", "max", "l2"]
+Finish = Literal["none", "abs", "square"]
 Block = tuple[int, int]
 
 SMALL_UNIT = 16
@@ -38,18 +39,20 @@ def accumulate_unit_scores_(
     reduce: Reduce,
     alpha: float,
     beta: float,
+    finish: Finish = "none",
 ) -> None:
-    """Score every unit and fold it into the running score, in place: ``S <- alpha * S + beta * reduce_unit f(w, g)``.
+    """Score units, fold into the running score, in place: ``S <- alpha * S + beta * finish(reduce_unit f(w, g))``.
 
-    ``f`` is ``|w|`` (magnitude), ``|g|`` (gradient) or ``|w * g|`` (snip), in fp32 whatever the inputs are. An element
-    whose gradient is not finite has ``f = 0`` and is counted. ``mean`` divides by the unit's true size, smaller at
-    ragged edges. With ``alpha = 0`` the old ``S`` is not read. Products and sum are rounded one by one (no fused
-    multiply-add): ``round(round(alpha * S) + round(beta * r))``.
+    ``f`` is ``|w|`` (magnitude), ``|g|`` (gradient), ``|w * g|`` (snip) or ``w * g`` with its sign (product), in fp32
+    whatever the inputs are. An element whose gradient is not finite has ``f = 0`` and is counted. ``mean`` divides by
+    the unit's true size, smaller at ragged edges; ``l2`` is ``sqrt(sum f^2)``; ``max`` is for forms without a sign.
+    With ``alpha = 0`` the old ``S`` is not read. Products and sum are rounded one by one (no fused multiply-add):
+    ``round(round(alpha * S) + round(beta * r))``. Scores in bf16 are computed in fp32 and rounded to nearest even.
 
     Bytes to move: the weights and the gradients that ``f`` uses once, ``S`` twice (once if ``alpha = 0``).
 
     Args:
-        scores: fp32 ``[rows, cols]`` each, contiguous, updated in place.
+        scores: fp32 or bf16 ``[rows, cols]`` each, contiguous, updated in place.
         skipped: int64 ``[T]``; ``skipped[t]`` grows by the number of elements of layer t with a non-finite gradient.
         weights: fp32, bf16 or fp16 ``[R, C]`` each, any strides.
         gradients: like ``weights``; None if ``form`` is magnitude.
@@ -58,6 +61,7 @@ def accumulate_unit_scores_(
         reduce: how a unit's elements become one number.
         alpha: share of the old score that stays.
         beta: weight of the new one.
+        finish: what becomes of the unit's number before it is folded in.
     """
     for layer, (score, weight, block) in enumerate(zip(scores, weights, blocks, strict=True)):
         gradient = None if gradients is None or form == "magnitude" else gradients[layer]
@@ -73,11 +77,14 @@ def accumulate_unit_scores_(
             if reduce == "mean":
                 grid = UnitGrid.of_blocks((w.shape[0], w.shape[1]), block)
                 fresh.div_(grid.row_heights(w.device)[:, None].float() * grid.col_widths(w.device)[None, :].float())
+            if reduce == "l2":
+                fresh = fresh.double().sqrt().float()  # rounded as IEEE 754 asks, which torch's fp32 root is not
+            if finish != "none":
+                fresh = fresh.abs_() if finish == "abs" else fresh.square_()
             fresh.mul_(beta)
-            if alpha == 0:
-                score[units] = fresh
-            else:
-                score[units].mul_(alpha).add_(fresh)
+            if alpha != 0:
+                fresh = score[units].float().mul(alpha).add_(fresh)
+            score[units] = fresh
 
 
 def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
@@ -253,7 +260,8 @@ def _element_scores(form: Form, weight: Tensor, gradient: Tensor | None) -> Tens
         return weight.float().abs()
     if form == "gradient":
         return gradient.float().abs()
-    return (weight.float() * gradient.float()).abs_()
+    product = weight.float() * gradient.float()
+    return product if form == "product" else product.abs_()
 
 
 def _strips(score: Tensor, weight: Tensor, block: Block) -> Iterator[tuple[slice, slice]]:
@@ -265,8 +273,9 @@ def _strips(score: Tensor, weight: Tensor, block: Block) -> Iterator[tuple[slice
 
 
 def _reduce_units(values: Tensor, block: Block, reduce: Reduce) -> Tensor:
-    """The sum (or maximum) of every unit: ``[R, C] -> [rows, cols]``; ``mean`` sums, its caller divides."""
+    """The sum of every unit (``max``: its maximum; ``l2``: of squares): ``[R, C] -> [rows, cols]``."""
     n, m = block
+    values = values.square() if reduce == "l2" else values
     operation = "max" if reduce == "max" else "sum"
     if n * m <= SMALL_UNIT:
         return _reduce_in_order(values, block, operation)
@@ -285,7 +294,7 @@ def _reduce_units(values: Tensor, block: Block, reduce: Reduce) -> Tensor:
 def _reduce_in_order(values: Tensor, block: Block, operation: Literal["sum", "max"]) -> Tensor:
     """As :func:`_reduce_units`, one element of each unit after the other, row-major."""
     n, m = block
-    out = values[::n, ::m].clone()
+    out = values[::n, ::m] + 0.0  # a sum that starts from +0: it is never -0
     for i in range(n):
         for j in range(m):
             part = values[i::n, j::m]

@@ -22,10 +22,10 @@ from tritprune.kernels import UnitGrid
 from tritprune.patterns.views import WeightView
 from tritprune.registry import did_you_mean
 
-Reduce = Literal["mean", "sum", "max"]
+Reduce = Literal["mean", "sum", "max", "l2"]
 Block = tuple[int, int]
 
-REDUCTIONS: tuple[Reduce, ...] = ("mean", "sum", "max")
+REDUCTIONS: tuple[Reduce, ...] = ("mean", "sum", "max", "l2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,8 @@ class Pattern:
     """Cuts weight views into units.
 
     Attributes:
-        reduce: how the scores of elements become the score of a unit: mean (comparable across sizes), sum or max.
+        reduce: how the scores of elements become the score of a unit: mean (comparable across sizes), sum, max or
+            l2 (the root of the sum of squares).
         reductions: the values of ``reduce`` that the pattern can honour.
     """
 

@@ -30,7 +30,7 @@ class HeadsPattern(Pattern):
 
     Attentions are found by the names of their four linears (:data:`RECIPES`), their number of heads by an attribute
     (:data:`HEAD_COUNTS`) of a module that holds them or of ``model.config``. The score of a head is the mean (sum,
-    maximum) over all its elements. Biases stay; slimming folds them.
+    maximum, l2 norm) over all its elements. Biases stay; slimming folds them.
     """
 
     @property
@@ -70,11 +70,13 @@ class HeadsPattern(Pattern):
     def unit_scores(self, site: Site, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """The score of each head: ``[1, heads]``."""
         del masks
-        parts = torch.stack([score.reshape(1, -1) for score in scores])  # [4, 1, heads]
+        parts = torch.stack([score.reshape(1, -1).float() for score in scores])  # [4, 1, heads]
         if self.reduce == "max":
             return parts.amax(0)
         if self.reduce == "sum":
             return parts.sum(0)
+        if self.reduce == "l2":
+            return parts.square().sum(0).sqrt()
         heads = site.grid.cols
         total = sum(part * (view.elements // heads) for part, view in zip(parts, site.views, strict=True))
         assert isinstance(total, Tensor)

@@ -69,7 +69,7 @@ class NInMPattern(Pattern):
     ) -> list[Tensor]:
         """As :meth:`unit_scores`, in one launch."""
         del masks
-        costs = n_in_m_group_scores([score for (score,) in scores], self.n, self.m)
+        costs = n_in_m_group_scores([score.float() for (score,) in scores], self.n, self.m)
         costs = [cost[:, : site.grid.cols] for cost, site in zip(costs, sites, strict=True)]
         if self.reduce == "sum":
             return costs
@@ -83,7 +83,7 @@ class NInMPattern(Pattern):
         masks: Sequence[Sequence[Tensor]],
     ) -> list[list[Tensor]]:
         """As :meth:`layer_masks`, in one launch."""
-        fresh = n_in_m_masks([score for (score,) in scores], self.n, self.m)
+        fresh = n_in_m_masks([score.float() for (score,) in scores], self.n, self.m)
         new: list[list[Tensor]] = []
         for site, kept, lowest_gone, old in zip(sites, keep, fresh, masks, strict=True):
             stays = self._spread(kept, site)

@@ -1,8 +1,10 @@
 """Unit scores: element score, reduction over the unit and running average in one pass.
 
-    f = |w| or |g| or |w * g|      in fp32; 0, and counted, where g is not finite
-    r = sum f, sum f / size, or max f over the unit
-    S <- alpha * S + beta * r      each product and the sum rounded by itself
+    f = |w|, |g|, |w * g| or w * g         in fp32; 0, and counted, where g is not finite
+    r = sum f, sum f / size, max f or sqrt(sum f^2) over the unit; then r, |r| or r^2
+    S <- alpha * S + beta * r              each product and the sum rounded by itself
+
+S is fp32, or bf16 that is rounded to the nearest (ties to even) in integers, so that every backend rounds alike.
 
 Weights and gradients are read once, unit scores read and written once; nothing else touches memory (10 bytes a weight
 for 4x1 units of fp32 weights, 6 for bf16).
@@ -18,11 +20,12 @@ kernel's columns are always the adjacent ones.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritprune.kernels.reference import SMALL_UNIT, Block, Form, Reduce
+from tritprune.kernels.reference import SMALL_UNIT, Block, Finish, Form, Reduce
 from tritprune.kernels.triton import multi_tensor
 from tritprune.kernels.triton.multi_tensor import TYPES, at, find_tile, load_pointer, load_size, load_stride, walk_grid
 
@@ -31,30 +34,48 @@ FIELDS = tl.constexpr(15)
 
 @triton.jit
 def _element_scores(w_ptrs, g_ptrs, inside, FORM: tl.constexpr):
-    """``f`` in fp32 (at least +0), and 1 where the gradient is not finite; both of the shape of ``inside``."""
+    """``f`` in fp32, and 1 where the gradient is not finite; both of the shape of ``inside``."""
     if FORM == "magnitude":
         value = tl.abs(tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32))
         bad = tl.zeros_like(value).to(tl.int32)
     else:
         gradient = tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32)
         value = gradient
-        if FORM == "snip":
+        if FORM != "gradient":
             value = tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32) * gradient
         finite = tl.abs(gradient) < float("inf")  # False for NaN
-        value = tl.where(finite, tl.abs(value), 0.0)
+        value = tl.where(finite, value if FORM == "product" else tl.abs(value), 0.0)
         bad = tl.where(finite, 0, 1)
     return value, bad
 
 
 @triton.jit
-def _fold(score_ptrs, inside, value, size, alpha, beta, REDUCE: tl.constexpr, HAS_STATE: tl.constexpr):
-    """``S <- alpha * S + beta * r``; without a state S is not read, for 0 * inf is NaN."""
+def _fold(
+    score_ptrs, inside, value, size, alpha, beta, REDUCE: tl.constexpr, FINISH: tl.constexpr, HAS_STATE: tl.constexpr
+):
+    """``S <- alpha * S + beta * r``; without a state S is not read, for 0 * inf is NaN. bf16 is held as int16."""
+    BF16: tl.constexpr = score_ptrs.dtype.element_ty == tl.int16
     if REDUCE == "mean":
         value = tl.div_rn(value, size.to(tl.float32))
+    if REDUCE == "l2":
+        value = tl.sqrt_rn(value)
+    if FINISH == "abs":
+        value = tl.abs(value)
+    if FINISH == "square":
+        value = value * value
     fresh = value * beta
     if HAS_STATE:
-        fresh = tl.load(score_ptrs, mask=inside, other=0.0) * alpha + fresh
-    tl.store(score_ptrs, fresh, mask=inside)
+        old = tl.load(score_ptrs, mask=inside, other=0)
+        if BF16:
+            old = (old.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        fresh = old * alpha + fresh
+    if BF16:
+        bits = fresh.to(tl.int32, bitcast=True)
+        to_even = 0x7FFF + ((bits >> 16) & 1)
+        rounded = tl.where(fresh != fresh, (bits >> 16) | 0x40, (bits + to_even) >> 16)
+        tl.store(score_ptrs, rounded.to(tl.int16), mask=inside)
+    else:
+        tl.store(score_ptrs, fresh, mask=inside)
 
 
 @triton.jit
@@ -72,10 +93,12 @@ def _small_units_kernel(
     owners_ptr,  # [tiles]
     alpha,
     beta,
+    S_TYPE: tl.constexpr,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
     FORM: tl.constexpr,
     REDUCE: tl.constexpr,
+    FINISH: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     HAS_STATE: tl.constexpr,
@@ -85,7 +108,7 @@ def _small_units_kernel(
 ):
     row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
     layer = tl.load(row_ptr + 1)
-    score_ptr = load_pointer(row_ptr + 2, tl.float32, ALIGNED)
+    score_ptr = load_pointer(row_ptr + 2, S_TYPE, ALIGNED)
     w_ptr = load_pointer(row_ptr + 3, W_TYPE, ALIGNED)
     g_ptr = load_pointer(row_ptr + 4, G_TYPE, ALIGNED)
     n_rows = tl.load(row_ptr + 5).to(tl.int32)
@@ -120,11 +143,11 @@ def _small_units_kernel(
             value = tl.maximum(value.to(tl.int32, bitcast=True), f.to(tl.int32, bitcast=True))
             value = value.to(tl.float32, bitcast=True)
         else:
-            value += f
+            value += f * f if REDUCE == "l2" else f
 
     size = tl.minimum(n_rows - rows * N, N) * tl.minimum(n_cols - cols * M, M)
     score_ptrs = score_ptr + at(rows, cols, score_stride_r, score_stride_c)
-    _fold(score_ptrs, inside, value, size, alpha, beta, REDUCE, HAS_STATE)
+    _fold(score_ptrs, inside, value, size, alpha, beta, REDUCE, FINISH, HAS_STATE)
     if FORM != "magnitude":
         _count_skipped(skipped_ptr, layer, bad)
 
@@ -136,10 +159,12 @@ def _large_units_kernel(
     owners_ptr,  # [tiles]
     alpha,
     beta,
+    S_TYPE: tl.constexpr,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
     FORM: tl.constexpr,
     REDUCE: tl.constexpr,
+    FINISH: tl.constexpr,
     HAS_STATE: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -148,7 +173,7 @@ def _large_units_kernel(
 ):
     row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
     layer = tl.load(row_ptr + 1)
-    score_ptr = load_pointer(row_ptr + 2, tl.float32, ALIGNED)
+    score_ptr = load_pointer(row_ptr + 2, S_TYPE, ALIGNED)
     w_ptr = load_pointer(row_ptr + 3, W_TYPE, ALIGNED)
     g_ptr = load_pointer(row_ptr + 4, G_TYPE, ALIGNED)
     n_rows = tl.load(row_ptr + 5).to(tl.int32)
@@ -185,7 +210,7 @@ def _large_units_kernel(
             value = tl.maximum(value.to(tl.int32, bitcast=True), f.to(tl.int32, bitcast=True))
             value = value.to(tl.float32, bitcast=True)
         else:
-            value += f
+            value += f * f if REDUCE == "l2" else f
         start += BLOCK_E
 
     if REDUCE == "max":
@@ -194,7 +219,7 @@ def _large_units_kernel(
         reduced = tl.sum(value, 1)  # [BLOCK_U]
     size = tl.minimum(n_rows - rows * n, n) * tl.minimum(n_cols - cols * m, m)
     score_ptrs = score_ptr + at(rows, cols, score_stride_r, score_stride_c)
-    _fold(score_ptrs, inside, reduced, size, alpha, beta, REDUCE, HAS_STATE)
+    _fold(score_ptrs, inside, reduced, size, alpha, beta, REDUCE, FINISH, HAS_STATE)
     if FORM != "magnitude":
         _count_skipped(skipped_ptr, layer, bad)
 
@@ -232,7 +257,8 @@ class _Layer:
     def variant(self) -> tuple[object, ...]:
         """What a launch has in common."""
         n, m = self.block
-        shared = (TYPES[self.weight.dtype], TYPES[self.gradient.dtype], self._aligned)
+        score_type = tl.int16 if self.score.dtype == torch.bfloat16 else tl.float32
+        shared = (score_type, TYPES[self.weight.dtype], TYPES[self.gradient.dtype], self._aligned)
         if n * m <= SMALL_UNIT:
             return (*shared, "small", n, m, self.transposed)
         return (*shared, "large", m == 1, n * m <= 256)
@@ -265,13 +291,14 @@ def accumulate_unit_scores_(
     reduce: Reduce,
     alpha: float,
     beta: float,
+    finish: Finish = "none",
 ) -> None:
     """See :func:`tritprune.kernels.reference.accumulate_unit_scores_`; one launch per kind of layer."""
     read = weights if gradients is None or form == "magnitude" else gradients
     layers = [_oriented(index, *layer) for index, layer in enumerate(zip(scores, weights, read, blocks, strict=True))]
-    shared = {"FORM": form, "REDUCE": reduce, "HAS_STATE": alpha != 0}
+    shared = {"FORM": form, "REDUCE": reduce, "FINISH": finish, "HAS_STATE": alpha != 0}
     for variant, members in multi_tensor.group_by(layers, lambda layer: layer.variant).items():
-        w_type, g_type, aligned, kind, *rest = variant
+        s_type, w_type, g_type, aligned, kind, *rest = variant
         shape = _small_shape(*rest) if kind == "small" else _large_shape(*rest)
         block = shape["BLOCK"] if kind == "small" else shape["BLOCK_U"]
         table, owners, tiles = multi_tensor.tables(
@@ -285,6 +312,7 @@ def accumulate_unit_scores_(
             owners,
             float(alpha),
             float(beta),
+            S_TYPE=s_type,
             W_TYPE=w_type,
             G_TYPE=g_type,
             ALIGNED=aligned,
