@@ -17,6 +17,7 @@ from tritprune.selection import (
     count_non_finite,
     exact_budget,
     largest_unit,
+    normalize_scores,
     refuse_non_finite,
     select,
 )
@@ -309,3 +310,35 @@ def test_what_is_called_feasible_is_reached_and_what_is_refused_is_not(data):
         assert not honoured
     else:
         assert honoured
+
+
+def test_normalized_layers_have_one_scale_and_keep_signs_zeros_and_infinities():
+    layers = [torch.tensor([3.0, -4.0]), torch.zeros(2, 2), torch.tensor([2.0, math.inf, -math.inf]), torch.empty(0)]
+    l2, zeros, infinite, empty = normalize_scores(layers, "l2")
+    assert torch.equal(l2, torch.tensor([0.6, -0.8]))
+    assert torch.equal(zeros, torch.zeros(2, 2))
+    assert infinite.tolist() == [1.0, math.inf, -math.inf]
+    assert empty.shape == (0,)
+    largest = normalize_scores(layers, "max")
+    assert torch.equal(largest[0], torch.tensor([0.75, -1.0]))
+    assert normalize_scores(layers, "none")[0] is layers[0]
+    with pytest.raises(ValueError, match="none, l2 or max, got 'l1'"):
+        normalize_scores(layers, "l1")
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_normalizing_neither_underflows_nor_overflows(size):
+    scores = torch.tensor([3.0, 4.0]) * size
+    assert torch.allclose(normalize_scores([scores], "l2")[0], torch.tensor([0.6, 0.8]))
+
+
+def test_bf16_scores_hold_what_fp16_loses_and_ties_are_cut_exactly():
+    small = torch.tensor([1e-9, 2e-9])
+    assert small.half().count_nonzero() == 0
+    assert small.bfloat16().unique().numel() == 2
+    scores = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)).mul(1e-9).bfloat16().float()
+    assert scores.unique().numel() < 1500
+    grid = UnitGrid.of_blocks((40, 50), (1, 1))
+    masks = select([scores], [grid], 777)
+    assert int((~masks[0]).sum()) == 777
+    assert scores[~masks[0]].max() <= scores[masks[0]].min()

@@ -10,12 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tritprune.errors import BudgetError, NonFiniteScoreError
 from tritprune.kernels import UnitGrid, kth_score, masks_from_threshold
+
+Normalize = Literal["none", "l2", "max"]
 
 
 def exact_budget(sparsity: float, elements: int) -> int:
@@ -81,6 +84,38 @@ def select(
     forced = pruned is not None or any(floors or ())
     masks = _longest_prefix(order, grids, budget)
     return [mask & (score != -math.inf) for mask, score in zip(masks, order, strict=True)] if forced else masks
+
+
+def normalize_scores(scores: Sequence[Tensor], normalize: Normalize) -> list[Tensor]:
+    """Bring every layer's scores to one scale before layers compete; the order within a layer does not turn.
+
+    ``l2``: ``s / sqrt(sum s^2)``; ``max``: ``s / max |s|``, over the layer's finite scores. Signs stay, zeros stay
+    zeros, and -inf, inf and NaN stay what they are. Nothing is read by the host. The norm and the quotient are fp64,
+    rounded to fp32 once: ``max`` gives the same bits on every device; ``l2`` sums in the device's order, so there the
+    last bit may differ between devices. Neighbouring scores may round to a tie.
+
+    Args:
+        scores: fp32 or bf16 of any shape, one tensor a layer.
+        normalize: ``none`` gives the tensors themselves, without a copy.
+
+    Returns:
+        Tensors of the shapes of ``scores``; fp32 unless ``normalize`` is ``none``.
+
+    Raises:
+        ValueError: ``normalize`` is none of the three.
+    """
+    if normalize not in ("none", "l2", "max"):
+        raise ValueError(f"normalize is none, l2 or max, got {normalize!r}")
+    if normalize == "none":
+        return list(scores)
+    results: list[Tensor] = []
+    for score in scores:
+        values = score.double()
+        finite = values.where(values.isfinite(), 0.0).abs().flatten()
+        largest = finite.max() if finite.numel() else finite.sum()
+        norm = finite.square().sum().sqrt() if normalize == "l2" else largest
+        results.append((values / norm.where(norm > 0, 1.0)).float())
+    return results
 
 
 def count_non_finite(scores: Sequence[Tensor]) -> Tensor:

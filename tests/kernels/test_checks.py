@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tritprune import kernels
+from tritprune.errors import ConfigError
 from tritprune.kernels import UnitGrid
+from tritprune.patterns import get_pattern
 
 
 def ones(*shape, dtype=torch.float32):
@@ -44,8 +46,8 @@ def test_accumulate_unit_scores(changes, message):
 
 @pytest.mark.parametrize("op", [kernels.n_in_m_masks, kernels.n_in_m_group_scores])
 def test_n_in_m(op):
-    for n, m in ((0, 4), (4, 4), (5, 4)):
-        with pytest.raises(ValueError, match=f"0 < N < M, got {n}:{m}"):
+    for n, m in ((0, 4), (4, 4), (5, 4), (2, 33)):
+        with pytest.raises(ValueError, match=f"0 < N < M <= 32, got {n}:{m}"):
             op([ones(2, 4)], n, m)
     with pytest.raises(ValueError, match=r"\[R, C\], got float32 \[4\]"):
         op([ones(4)], 2, 4)
@@ -70,3 +72,9 @@ def test_masks():
         kernels.apply_masks_([ones(4, 2)], [ones(1, 2)], [(4, 1)])
     with pytest.raises(ValueError, match=r"previous mask of shape \[2\], got bool \[3\]"):
         kernels.mask_statistics([ones(2, dtype=torch.bool)], [ones(3, dtype=torch.bool)])
+
+
+def test_the_pattern_refuses_the_group_that_the_kernels_refuse():
+    with pytest.raises(ConfigError, match="M of at most 32, got 2:33"):
+        get_pattern("2:33")
+    assert get_pattern("31:32").label == "31:32"

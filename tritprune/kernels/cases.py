@@ -207,7 +207,11 @@ def _n_in_m_cases() -> Iterator[Case]:
     for op in ("n_in_m_masks", "n_in_m_group_scores"):
         for n, m in ((2, 4), (1, 4), (5, 8), (3, 7), (9, 20)):
             yield _n_in_m(op, f"{n}:{m}", n, m, shapes if m <= 8 else ((10, 7), (3, 130), *WIDE[:1]))
+        yield _n_in_m(op, "31:32", 31, 32, ((3, 130),))
         yield _n_in_m(op, "ties", 2, 4, shapes, values="ties")
+        yield _n_in_m(op, "both signs", 2, 4, shapes, values="normal")
+        yield _n_in_m(op, "ties of both signs", 3, 8, shapes, values="signed ties")
+        yield _n_in_m(op, "zeros of both signs", 2, 4, shapes, values="signed zeros")
         yield _n_in_m(op, "all equal", 3, 8, shapes, values="zero")
         yield _n_in_m(op, "infinities", 2, 4, shapes, values="one infinity")
         yield _n_in_m(op, "transposed", 2, 4, shapes, layout="transposed")
@@ -267,6 +271,7 @@ def _threshold_inputs() -> Iterator[tuple[str, Callable[[torch.Generator], Argum
     yield "zeros of both signs", _threshold_input([*even, *ugly], 0.37, "signed zeros")
     yield "denormal", _threshold_input(ugly, 0.6, "denormal")
     yield "negative", _threshold_input(mixed, 0.4, "normal")
+    yield "ties of both signs", _threshold_input(mixed, 0.4, "signed ties")
     yield "pruned and protected", _threshold_input([*even, *mixed], 0.5, "infinities")
     yield "budget reaches the protected", _threshold_input(mixed, 0.97, "infinities")
     yield "more than everything", _threshold_input(mixed, 1.5)
@@ -355,6 +360,7 @@ def _values(generator: torch.Generator, shape: Shape, kind: str) -> Tensor:
         "positive": lambda: normal.abs(),
         "zero": lambda: torch.zeros(shape),
         "ties": lambda: (normal.abs() * 2).floor(),
+        "signed ties": lambda: (normal * 2).round(),
         "signed zeros": lambda: torch.where(some < 0.5, -0.0, 0.0),
         "denormal": lambda: normal * 1e-39,
         "overflow": lambda: normal * 1e19,

@@ -9,6 +9,9 @@ from torch import Tensor
 from tritprune.kernels.reference import Block, Finish, Form, Reduce
 from tritprune.kernels.units import UnitGrid
 
+LARGEST_GROUP = 32
+"""The largest M of N:M."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -102,8 +105,8 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None
 
 
 def _n_in_m(op: str, scores: Sequence[Tensor], n: int, m: int) -> None:
-    if not 0 < n < m:
-        raise ValueError(f"{op}: N:M needs 0 < N < M, got {n}:{m}")
+    if not 0 < n < m <= LARGEST_GROUP:
+        raise ValueError(f"{op}: N:M needs 0 < N < M <= {LARGEST_GROUP}, got {n}:{m}")
     for score in scores:
         _two_dimensions(op, "score", score)
         _score(op, score, tuple(score.shape))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tritprune.errors import ConfigError
 from tritprune.kernels import UnitGrid, n_in_m_group_scores, n_in_m_masks
+from tritprune.kernels.checks import LARGEST_GROUP
 from tritprune.patterns.base import Pattern, Reduce, Site, count
 from tritprune.patterns.views import WeightView
 
@@ -24,7 +25,7 @@ class NInMPattern(Pattern):
         m: inputs per group.
 
     Raises:
-        ConfigError: not ``0 < N < M``.
+        ConfigError: not ``0 < N < M <= 32``.
     """
 
     reductions: ClassVar[tuple[Reduce, ...]] = ("mean", "sum")
@@ -33,6 +34,8 @@ class NInMPattern(Pattern):
         config = f"{n}:{m}"
         if not (type(n) is int and type(m) is int and 0 < n < m):
             raise ConfigError(f"N:M needs 0 < N < M, got {config} (N of every M consecutive inputs are pruned)")
+        if m > LARGEST_GROUP:
+            raise ConfigError(f"N:M needs M of at most {LARGEST_GROUP}, got {config}")
         self.n, self.m = count("n", n, config), count("m", m, config)
 
     @property
