@@ -37,6 +37,10 @@ class MaskMismatchError(TritpruneError, RuntimeError):
     """Masks differ between ranks, or a stored mask does not fit the model that it is loaded into."""
 
 
+class MaskViolationError(TritpruneError, RuntimeError):
+    """A pruned weight is not zero, or a mask is not what its pattern or its last update says; names layer and step."""
+
+
 class TraceError(TritpruneError, RuntimeError):
     """A model could not be traced; the message says which operation or output, and what to do."""
 

@@ -184,6 +184,14 @@ class PruneTimes:
             return 1.0
         return max(0.0, (step - self.start) / (self.end - self.start))
 
+    def next(self, step: int) -> int | None:
+        """The first prune step after ``step``; None after the last."""
+        if step < self.start:
+            return self.start
+        if step >= self.end:
+            return None
+        return min(step - (step - self.start) % self.frequency + self.frequency, self.end)
+
     def latest(self, step: int) -> int | None:
         """The last prune step at or before ``step``; None before the first."""
         if step < self.start:

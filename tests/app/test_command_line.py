@@ -71,6 +71,33 @@ def test_a_run_tells_what_was_composed_and_what_came_out(smoke):
     assert counts["zeros"] * 2 == counts["total"]
 
 
+LOCK = ("task=digits", "pruner=pattern_lock", "tracker=none", "slimmer=none", "training.prune.steps=6")
+
+
+def test_a_pruned_model_is_fine_tuned_with_its_zeros_locked(smoke, tmp_path):
+    folder, _ = smoke
+    done = tritprune(tmp_path, *LOCK, "pattern=4x1", f"init_from={folder / 'pruned'}", "training.latency_repeats=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "this run starts from" in done.stdout
+    (locked,) = (tmp_path / "outputs" / "run").iterdir()
+    zeros = [
+        {layer["name"]: layer["zeros"] for layer in json.loads((run / "result.json").read_text())["layers"]}
+        for run in (folder, locked)
+    ]
+    assert zeros[1].items() >= {name: count for name, count in zeros[0].items() if count}.items()
+
+
+def test_a_lock_without_zeros_and_a_model_that_does_not_fit_are_refused(smoke, tmp_path):
+    folder, _ = smoke
+    done = tritprune(tmp_path, *LOCK)
+    assert done.returncode == 2
+    assert "nothing to lock" in done.stdout
+    assert "load a pruned model first" in " ".join(done.stdout.split())
+    done = tritprune(tmp_path, *LOCK, f"init_from={folder}")
+    assert done.returncode == 2
+    assert "manifest" in done.stdout
+
+
 def test_the_slim_model_loads_in_a_new_process_and_gives_the_outputs_of_its_certificate(smoke):
     folder, _ = smoke
     code = (

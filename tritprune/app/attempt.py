@@ -24,7 +24,7 @@ from tritprune.slimming.graph import TRACERS
 from tritprune.tasks import get_task
 from tritprune.tracking import Tracker, get_tracker
 from tritprune.training.checkpoint import RunFolder, find_resumable, fingerprint, write_json
-from tritprune.training.driver import RESULT, Driver, Plan
+from tritprune.training.driver import RESULT, Driver, Plan, starting_model
 from tritprune.training.loop import Run, agree
 from tritprune.training.progress import Progress
 from tritprune.training.provenance import git_state
@@ -108,6 +108,7 @@ class Attempt:
             cache=Path(config["cache_dir"]),
             control=config["control"],
             tracer=config["slimmer"]["tracer"],
+            init_from=Path(config["init_from"]) if config["init_from"] else None,
         )
         AcceleratorState._reset_state()  # one process may run several jobs with different precisions
         accelerator = Accelerator(
@@ -118,7 +119,7 @@ class Attempt:
         progress = Progress(self.console, silent=not accelerator.is_main_process)
         with progress.status("reading the data"):
             task.prepare()
-            model = task.build_model(config["seed"])
+            model = starting_model(task, config["seed"], plan.init_from)
             pruner = plan.make_pruner(model)
         self._folder = self._choose_folder(progress)
         self._folder.check_room_for(model)

@@ -9,6 +9,7 @@ the CPU (``compiled.py``, numba) and Triton launchers (``triton/``), imported wh
 | n_in_m_masks, n_in_m_group_scores | N of every M consecutive inputs go; what that costs |
 | kth_score, masks_from_threshold | the exact threshold for a budget of elements; the masks it gives |
 | apply_masks_ | zeros where a unit is pruned |
+| count_violations | elements of pruned units that are not zero |
 | mask_statistics | kept and changed units |
 """
 
@@ -22,6 +23,7 @@ n_in_m_group_scores = Op(reference.n_in_m_group_scores, checks.n_in_m_group_scor
 kth_score = Op(reference.kth_score, checks.kth_score)
 masks_from_threshold = Op(reference.masks_from_threshold, checks.masks_from_threshold)
 apply_masks_ = Op(reference.apply_masks_, checks.apply_masks_)
+count_violations = Op(reference.count_violations, checks.count_violations)
 mask_statistics = Op(reference.mask_statistics, checks.mask_statistics)
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "UnitGrid",
     "accumulate_unit_scores_",
     "apply_masks_",
+    "count_violations",
     "get_backend",
     "kth_score",
     "mask_statistics",

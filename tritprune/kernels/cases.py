@@ -78,6 +78,7 @@ def all_cases() -> list[Case]:
         *_kth_cases(),
         *_threshold_cases(),
         *_apply_cases(),
+        *_violation_cases(),
         *_statistics_cases(),
     ]
 
@@ -332,6 +333,22 @@ def _apply(
         return {"tensors": tensors, "masks": masks, "blocks": blocks}
 
     return Case("apply_masks_", name, make)
+
+
+def _violation_cases() -> Iterator[Case]:
+    for block in ((4, 1), (1, 1), (3, 5), ("R", 1)):
+        yield _violations(f"{block[0]}x{block[1]}", block)
+    for layout in ("transposed", "strided", "offset"):
+        yield _violations(layout, (4, 1), layout=layout)
+    for values in ("non-finite", "signed zeros", "zero"):
+        yield _violations(values, (4, 1), values=values)
+    yield _violations("bfloat16", (4, 1), dtype=torch.bfloat16)
+    yield _violations("nothing pruned", (4, 1), kept=1.0)
+    yield Case("count_violations", "no layers", lambda _: {"tensors": [], "masks": [], "blocks": []})
+
+
+def _violations(name: str, block: tuple[int | str, int | str], **options: Any) -> Case:
+    return Case("count_violations", name, _apply(name, block, **options).make)
 
 
 def _statistics_cases() -> Iterator[Case]:

@@ -94,6 +94,17 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Seq
         _shape(op, "mask", mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block).shape)
 
 
+def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    op = "count_violations"
+    _same_length(op, tensors=tensors, masks=masks, blocks=blocks)
+    for tensor, mask, block in zip(tensors, masks, blocks, strict=True):
+        _float(op, "tensor", tensor)
+        _two_dimensions(op, "tensor", tensor)
+        _bool(op, "mask", mask)
+        _shape(op, "mask", mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block).shape)
+
+
 def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
     op = "mask_statistics"

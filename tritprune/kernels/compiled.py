@@ -470,10 +470,7 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Seq
     """See :func:`tritprune.kernels.reference.apply_masks_`."""
     jobs: list[tuple[Any, ...]] = []
     for tensor, mask, block in zip(tensors, masks, blocks, strict=True):
-        if tensor.t().is_contiguous() and not tensor.is_contiguous():
-            tensor, mask, block = tensor.t(), mask.t(), (block[1], block[0])
-        bits = tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
-        kept = mask.contiguous().numpy()
+        bits, kept, block = _stored(tensor, mask, block)
         jobs += [(bits, kept, first, last, *block) for first, last in _pieces(kept.shape[0], block[0] * bits.shape[1])]
     _run(_zero, jobs)
 
@@ -492,6 +489,43 @@ def _zero(bits, mask, first, last, n, m):
                 for unit in range(kept.size):
                     if not kept[unit]:
                         own[unit * m : min((unit + 1) * m, n_cols)] = 0
+
+
+def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
+    """See :func:`tritprune.kernels.reference.count_violations`."""
+    counts = torch.zeros(len(masks), dtype=torch.int64)
+    jobs: list[tuple[Any, ...]] = []
+    layers: list[int] = []
+    for layer, (tensor, mask, block) in enumerate(zip(tensors, masks, blocks, strict=True)):
+        bits, kept, block = _stored(tensor, mask, block)
+        for first, last in _pieces(kept.shape[0], block[0] * bits.shape[1]):
+            jobs.append((bits, kept, first, last, *block, bits.dtype.type(np.iinfo(bits.dtype).min)))
+            layers.append(layer)
+    for layer, found in zip(layers, _run(_count_set, jobs), strict=True):
+        if found:
+            counts[layer] += found
+    return counts
+
+
+@_compiled
+def _count_set(bits, mask, first, last, n, m, minus_zero):
+    n_rows, n_cols = bits.shape
+    found = 0
+    for unit_row in range(first, last):
+        kept = mask[unit_row]
+        for row in range(unit_row * n, min((unit_row + 1) * n, n_rows)):
+            own = bits[row]
+            if m == 1:
+                clean = True
+                for c in range(n_cols):
+                    clean &= kept[c] | (own[c] == 0) | (own[c] == minus_zero)
+                if not clean:
+                    for c in range(n_cols):
+                        found += not (kept[c] or own[c] == 0 or own[c] == minus_zero)
+            else:
+                for c in range(n_cols):
+                    found += not (kept[c // m] or own[c] == 0 or own[c] == minus_zero)
+    return found
 
 
 def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
@@ -558,6 +592,14 @@ def _plain(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy()
     return tensor.float().numpy()
+
+
+def _stored(tensor: Tensor, mask: Tensor, block: Block) -> tuple[np.ndarray, np.ndarray, Block]:
+    """A tensor's own memory as integers of its width, its mask and its block, columns adjacent where they can be."""
+    if tensor.t().is_contiguous() and not tensor.is_contiguous():
+        tensor, mask, block = tensor.t(), mask.t(), (block[1], block[0])
+    bits = tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
+    return bits, mask.contiguous().numpy(), block
 
 
 def _bits(score: Tensor) -> np.ndarray:

@@ -234,6 +234,33 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Seq
                 blocked.masked_fill_(part_gone[:, None, :, None], 0.0)
 
 
+def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
+    """How many elements of pruned units are not zero; NaN is not, -0 is.
+
+    Bytes to move: one a unit, and the tensors once.
+
+    Args:
+        tensors: fp32, bf16 or fp16 ``[R, C]`` each, any strides.
+        masks: bool ``[rows, cols]`` each, True = keep.
+        blocks: ``(n, m)`` each.
+
+    Returns:
+        int64 ``[T]``.
+    """
+    device = masks[0].device if masks else torch.device("cpu")
+    counts = torch.zeros(len(masks), dtype=torch.int64, device=device)
+    for layer, (tensor, mask, (n, m)) in enumerate(zip(tensors, masks, blocks, strict=True)):
+        for height in _pieces(tensor.shape[0], n):
+            for width in _pieces(tensor.shape[1], m):
+                part, gone = tensor[height[1], width[1]], ~mask[height[0], width[0]]
+                if min(part.shape) == 0:
+                    continue
+                unit_rows, unit_cols = gone.shape
+                blocked = part.view(unit_rows, part.shape[0] // unit_rows, unit_cols, part.shape[1] // unit_cols)
+                counts[layer] += torch.count_nonzero((blocked != 0) & gone[:, None, :, None])
+    return counts
+
+
 def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
     """How many units stay, and how many changed since the previous masks.
 

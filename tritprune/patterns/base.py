@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from tritprune.errors import ConfigError
@@ -143,6 +144,15 @@ class Pattern:
     ) -> list[list[Tensor]]:
         """:meth:`layer_masks` of many sites; a pattern with a kernel for many layers overrides it."""
         return [self.layer_masks(*each) for each in zip(sites, keep, scores, masks, strict=True)]
+
+    def lasso_blocks(self, site: Site) -> tuple[Block, ...]:
+        """``(n, m)`` per view of what a group lasso shrinks together: the blocks, unless a unit is larger."""
+        return site.blocks
+
+    def broken_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
+        """How many units are neither whole nor pruned as the pattern says: int64 ``[]``; blocks cannot be."""
+        del site
+        return torch.zeros((), dtype=torch.int64, device=masks[0].device)
 
     def kept_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`layer_masks`: bool of the grid's shape."""

@@ -87,6 +87,12 @@ class HeadsPattern(Pattern):
         rows = keep.reshape(-1, 1)
         return [rows, rows.clone(), rows.clone(), keep]
 
+    def broken_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
+        """Heads of which a part is pruned and a part is not."""
+        del site
+        parts = torch.stack([mask.reshape(-1) for mask in masks])  # [4, heads]
+        return (parts.any(0) & ~parts.all(0)).sum()
+
     def kept_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
         """``[1, heads]``."""
         return masks[-1]

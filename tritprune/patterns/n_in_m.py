@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tritprune.errors import ConfigError
 from tritprune.kernels import UnitGrid, n_in_m_group_scores, n_in_m_masks
 from tritprune.kernels.checks import LARGEST_GROUP
-from tritprune.patterns.base import Pattern, Reduce, Site, count
+from tritprune.patterns.base import Block, Pattern, Reduce, Site, count
 from tritprune.patterns.views import WeightView
 
 
@@ -93,6 +93,22 @@ class NInMPattern(Pattern):
             went = ~self._spread(self.kept_units(site, old), site)
             new.append([torch.where(went & ~stays, old[0], stays | lowest_gone)])
         return new
+
+    def lasso_blocks(self, site: Site) -> tuple[Block, ...]:
+        """The group of M inputs of one output."""
+        del site
+        return ((1, self.m),)
+
+    def broken_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
+        """Groups of which something else than nothing or exactly N is pruned."""
+        gone = nn.functional.pad(~masks[0], (0, -masks[0].shape[1] % self.m))
+        per_group = gone.reshape(gone.shape[0], -1, self.m).sum(2)  # [R, groups]
+        quota = torch.full_like(per_group, self.n)
+        tail = masks[0].shape[1] % self.m
+        if tail:
+            quota[:, -1] = tail * self.n // self.m
+        del site
+        return ((per_group != 0) & (per_group != quota)).sum()
 
     def kept_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
         """Groups of which nothing is pruned: bool ``[R, groups]``."""

@@ -4,15 +4,21 @@
 |---|---|
 | iterative | along the schedule, from ``start_step`` to ``end_step`` |
 | one_shot | everything at ``start_step`` |
+| progressive | along the schedule, units fading in between |
+| pattern_lock | never: the zeros that are there stay |
 | magnitude, snip, snip_momentum, block_mask | as ``iterative``, with that criterion |
 | heads | as ``iterative``, with pattern ``heads`` |
 """
 
 from tritprune.pruners.base import Pruner, get_pruner, pruners, register_pruner
+from tritprune.pruners.guard import Verification
 from tritprune.pruners.layers import Exclusion, find_head
 from tritprune.pruners.masks import LayerMask, MaskSet
 from tritprune.pruners.named import BlockMaskPruner, HeadPruner, MagnitudePruner, SnipMomentumPruner, SnipPruner
 from tritprune.pruners.one_shot import OneShotPruner
+from tritprune.pruners.pattern_lock import PatternLockPruner
+from tritprune.pruners.progressive import ProgressivePruner
+from tritprune.pruners.regularizers import GroupLasso, get_regularizer, register_regularizer, regularizers
 from tritprune.pruners.reports import (
     LayerCount,
     PrunedLayer,
@@ -26,6 +32,7 @@ from tritprune.pruners.settings import GroupSettings
 __all__ = [
     "BlockMaskPruner",
     "Exclusion",
+    "GroupLasso",
     "GroupSettings",
     "HeadPruner",
     "LayerCount",
@@ -33,6 +40,8 @@ __all__ = [
     "MagnitudePruner",
     "MaskSet",
     "OneShotPruner",
+    "PatternLockPruner",
+    "ProgressivePruner",
     "PruneEvent",
     "PrunedLayer",
     "Pruner",
@@ -40,9 +49,13 @@ __all__ = [
     "SnipPruner",
     "SparsityCount",
     "SparsityReport",
+    "Verification",
     "find_head",
     "get_pruner",
+    "get_regularizer",
     "pruners",
     "register_pruner",
+    "register_regularizer",
+    "regularizers",
     "sparsity_of",
 ]

@@ -22,16 +22,28 @@ from tritprune.patterns import Pattern
 from tritprune.pruners.attachment import claim, release, torch_optimizer
 from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.grouping import group_layers
+from tritprune.pruners.guard import (
+    Verification,
+    Watch,
+    check_counts,
+    check_other,
+    check_pattern,
+    refuse,
+    violations,
+)
 from tritprune.pruners.masks import LayerMask, MaskSet, pack, unpack
+from tritprune.pruners.regularizers import Regularizer
 from tritprune.pruners.reports import LayerCount, PruneEvent, SparsityReport, sparsity_of
 from tritprune.pruners.spec_names import SpecNames, by_modules
-from tritprune.pruners.update import update_masks, warnings_of
+from tritprune.pruners.update import Update, update_masks, warnings_of
 from tritprune.registry import Registry
 from tritprune.schedules import Schedule
+from tritprune.selection import Normalize
 
 P = TypeVar("P", bound="type[Pruner]")
 
 _FORMAT = "tritprune pruner 1"
+GUARDS = ("off", "on")
 
 pruners: "Registry[Pruner]" = Registry("pruner")
 """Pruners by name."""
@@ -86,9 +98,14 @@ class Pruner(SpecNames):
         exclude_head: leave the classifier head out.
         min_layer_sparsity: hard floor of every layer, reached with the target; until then it grows as the target does.
         max_layer_sparsity: hard cap of every layer.
-        reduce: mean, sum or max of a unit's elements.
+        reduce: mean, sum, max or l2 norm of a unit's elements.
+        normalize: unit scores over their layer's l2 norm or maximum before layers compete: none, l2 or max.
+        score_dtype: fp32, or bf16 for running scores of half the memory; selection stays exact on what is stored.
+        regularizer: what pulls units to zero between start_step and end_step: null, ``group_lasso``, or a mapping with
+            ``name`` and ``coeff``.
         regrow: a pruned unit may come back, from zero; without it masks only shrink.
         reset_state: keep the optimizer's state (momentum) of pruned weights at zero.
+        guard: ``on``: before every optimizer step, check that what is pruned is zero.
         groups: mappings that override any of criterion to reset_state for the layers that they include; each may
             have a ``name``.
         seed: for criteria that draw random numbers.
@@ -122,14 +139,18 @@ class Pruner(SpecNames):
         min_layer_sparsity: float = 0.0,
         max_layer_sparsity: float = 1.0,
         reduce: str = "mean",
+        normalize: Normalize = "none",
+        score_dtype: str = "fp32",
+        regularizer: str | Mapping[str, Any] | Regularizer | None = None,
         regrow: bool = False,
         reset_state: bool = False,
+        guard: str = "off",
         groups: Sequence[Mapping[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
         settings = dict(locals())  # the arguments, by name: those of GroupSettings
-        for name in ("self", "model", "groups", "seed"):
-            del settings[name]
+        for name in ("self", "model", "groups", "seed", "guard", "__class__"):
+            settings.pop(name, None)
         grouping = group_layers(model, settings, groups, seed)
         self.model = model
         self.layers, self.excluded = grouping.layers, grouping.excluded
@@ -139,6 +160,9 @@ class Pruner(SpecNames):
         self.last_event: PruneEvent | None = None
         self.last_timing: dict[str, float] = {"score": 0.0, "mask": 0.0}
         self._counts = {layer.name: LayerCount(layer.units, layer.units, 0, layer.elements, 0) for layer in self.layers}
+        if guard not in GUARDS:
+            raise ConfigError(f"guard is one of {', '.join(GUARDS)}, got '{guard}'")
+        self._watches = {group.name: Watch(len(group.views), group.device) for group in self._groups if guard == "on"}
         self._begun = False
         self._skips_step = False
         self._warned: set[str] = set()
@@ -149,6 +173,10 @@ class Pruner(SpecNames):
     @property
     def masks(self) -> MaskSet:
         """The masks in force, by layer name in registration order."""
+        return self._whole_masks()
+
+    def _whole_masks(self) -> MaskSet:
+        """The masks of whole units."""
         masks = {
             view.name: LayerMask(mask, block, view.kind, view.weight_shape)
             for group in self._groups
@@ -224,6 +252,29 @@ class Pruner(SpecNames):
             group.follow_device()
             group.apply_()
 
+    @torch.no_grad()
+    def verify(self, model: nn.Module | None = None) -> Verification:
+        """Check that pruned weights are zero, masks are of their pattern, and counts are those of the last update.
+
+        Args:
+            model: hold this model (averaged weights, a loaded copy) against the masks instead of the pruned one.
+
+        Raises:
+            MaskViolationError: something is not; the message names layer, step and count.
+            MaskMismatchError: ``model`` has other layers.
+        """
+        if model is not None:
+            check_other(model, self.masks, self.step)
+            return Verification(self.step, len(self.layers), sum(c.zeros for c in self._counts.values()))
+        for group in self._groups:
+            group.follow_device()
+            counts = violations(group.views, group.flat_masks, group.blocks).tolist()
+            refuse({view.name: count for view, count in zip(group.views, counts, strict=True)}, self.step)
+            check_counts(group.count(), self._counts, self.step)
+            check_pattern(group.broken_units(), group.pattern.label, self.step)
+        self._report_watches()
+        return Verification(self.step, len(self.layers), sum(count.zeros for count in self._counts.values()))
+
     def sparsity(self) -> SparsityReport:
         """The zeros that the model's weights have now, over three denominators."""
         return sparsity_of(self.model, [layer.name for layer in self.layers])
@@ -264,7 +315,7 @@ class Pruner(SpecNames):
             "step": self.step,
             "begun": self._begun,
             "warned": sorted(self._warned),
-            "masks": {name: {"bits": pack(m.mask), **m.describe()} for name, m in self.masks.items()},
+            "masks": {name: {"bits": pack(m.mask), **m.describe()} for name, m in self._whole_masks().items()},
             "groups": {group.name: group.state_dict() for group in self._groups},
         }
 
@@ -278,7 +329,7 @@ class Pruner(SpecNames):
         """
         if state.get("format") != _FORMAT:
             raise CheckpointError(f"this is not a pruner's state: its format is {state.get('format')!r}")
-        own = self.masks
+        own = self._whole_masks()
         wanted = {name: mask.describe() for name, mask in own.items()}
         found = {name: {k: v for k, v in entry.items() if k != "bits"} for name, entry in state["masks"].items()}
         if wanted != found or {group.name for group in self._groups} != set(state["groups"]):
@@ -291,6 +342,8 @@ class Pruner(SpecNames):
             self._counts |= group.count()
         self.step, self._begun, self._warned = state["step"], state["begun"], set(state["warned"])
         self.apply_masks_()
+        if self._watches:
+            self.verify()
 
     def _begin(self) -> None:
         """The prune step at step 0, once."""
@@ -309,6 +362,7 @@ class Pruner(SpecNames):
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Scores: from the weights before the update, and only while a mask update is still to come."""
+        self._look()
         started = time.perf_counter()
         # A fused optimizer is given the loss scale and decides on the device whether to skip: then both are read here.
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
@@ -327,12 +381,31 @@ class Pruner(SpecNames):
             return
         started = time.perf_counter()
         self.step += 1
+        for group in self._groups:
+            group.regularize_(optimizer, self.step)
         due = [group for group in self._groups if group.times.due(self.step)]
+        if due:
+            self._report_watches()
         event = self._update_masks(due) if due else None
         self._apply(optimizer)
         self.last_timing["mask"] = time.perf_counter() - started
         if event is not None:
             self._tell(event)
+
+    def _look(self) -> None:
+        """The guard's glance at the weights that the forward pass used; on the CPU what it sees is told at once."""
+        for group in self._groups:
+            watch = self._watches.get(group.name)
+            if watch is not None and group.prunes:
+                group.follow_device()
+                watch.look(group.views, group.flat_masks, group.blocks, self.step)
+                if group.device.type == "cpu":
+                    watch.report(group.views)
+
+    def _report_watches(self) -> None:
+        for group in self._groups:
+            if group.name in self._watches:
+                self._watches[group.name].report(group.views)
 
     def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         for group in self._groups:
@@ -346,7 +419,7 @@ class Pruner(SpecNames):
 
     def _update_masks(self, due: list[LayerGroup]) -> PruneEvent:
         unchanged = {n: LayerCount(c.units, c.kept, 0, c.elements, c.zeros) for n, c in self._counts.items()}
-        update = update_masks(due, self.step)
+        update = self._choose(due)
         self._counts = unchanged | update.counts
         warnings = warnings_of(due, self._counts, self.step)
         fresh = tuple(text for key, text in warnings.items() if key not in self._warned)
@@ -362,6 +435,10 @@ class Pruner(SpecNames):
             warnings=fresh,
         )
         return self.last_event
+
+    def _choose(self, due: list[LayerGroup]) -> Update:
+        """Which masks are in force from now on."""
+        return update_masks(due, self.step)
 
 
 def _difference(

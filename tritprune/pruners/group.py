@@ -15,10 +15,11 @@ from tritprune.patterns import Block, WeightView, get_pattern, set_reduction
 from tritprune.pruners.budget import GroupBudget
 from tritprune.pruners.layers import Exclusion
 from tritprune.pruners.masks import apply_to_tensors_, apply_to_weights_
+from tritprune.pruners.regularizers import get_regularizer
 from tritprune.pruners.reports import LayerCount, measure, read_counts
-from tritprune.pruners.settings import GroupSettings
+from tritprune.pruners.settings import SCORE_DTYPES, GroupSettings
 from tritprune.schedules import get_schedule
-from tritprune.selection import count_non_finite
+from tritprune.selection import count_non_finite, normalize_scores
 
 _SAMPLED_STEPS = 1000
 
@@ -73,6 +74,7 @@ class LayerGroup:
                 + ", ".join(f"{view.name} [{view.shape[0]}, {view.shape[1]}]" for view in views[:5])
             )
         self.elements = sum(site.elements for site in self.sites)
+        self._regularizer = get_regularizer(settings.regularizer)
         self._check_settings()
         self._budget = GroupBudget(settings, self.sites)
         self.masks = [
@@ -129,7 +131,9 @@ class LayerGroup:
         if self.scores is None:
             self.scores = [
                 [
-                    self.criterion.initial_scores(view.name, _grid(view, block), self.device, self._seed)
+                    self.criterion.initial_scores(view.name, _grid(view, block), self.device, self._seed).to(
+                        SCORE_DTYPES[self.settings.score_dtype]
+                    )
                     for view, block in zip(site.views, site.blocks, strict=True)
                 ]
                 for site in self.sites
@@ -157,7 +161,10 @@ class LayerGroup:
         assert self.scores is not None
         regrow = self.settings.regrow
         known = [[torch.ones_like(mask) for mask in masks] for masks in self.masks] if regrow else self.masks
-        unit_scores = self.pattern.all_unit_scores(self.sites, self.scores, known)
+        unit_scores = normalize_scores(
+            [score.float() for score in self.pattern.all_unit_scores(self.sites, self.scores, known)],
+            self.settings.normalize,
+        )
         before = [self.pattern.kept_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
         pruned = [~kept for kept in before] if self.prunes and not regrow else None
         held = [any(view.name in self.without_gradient for view in site.views) for site in self.sites]
@@ -181,12 +188,20 @@ class LayerGroup:
         Returns:
             counts by layer, changed units, gradient elements skipped since the last update.
         """
-        rows = list(zip(*[iter(numbers[: -1 - len(self.sites)])] * 2, strict=True))
-        counts = read_counts(self.sites, proposal.masks, proposal.keep, rows)
+        rows = self._rows(numbers)
+        counts = self.counts_of(proposal, numbers)
         self.masks = proposal.masks
         self.prunes = any(count.zeros for count in counts.values())
         self._skipped.zero_()
         return counts, sum(changed for _, changed in rows[: len(self.sites)]), numbers[-1]
+
+    def counts_of(self, proposal: Proposal, numbers: list[int]) -> dict[str, LayerCount]:
+        """Counts by layer, if the proposal were in force."""
+        return read_counts(self.sites, proposal.masks, proposal.keep, self._rows(numbers))
+
+    def _rows(self, numbers: list[int]) -> list[tuple[int, int]]:
+        """Kept and changed, as :func:`measure` left them."""
+        return list(zip(*[iter(numbers[: -1 - len(self.sites)])] * 2, strict=True))
 
     def forget_scores(self) -> None:
         """Free the scores: after the last prune step nothing asks for them."""
@@ -206,6 +221,23 @@ class LayerGroup:
             state = optimizer.state.get(weight, {}).values()
             tensors = [t for t in state if isinstance(t, Tensor) and t.shape == weight.shape and t.is_floating_point()]
             apply_to_tensors_([view] * len(tensors), tensors, [mask] * len(tensors), [block] * len(tensors))
+
+    @torch.no_grad()
+    def regularize_(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Pull units towards zero while masks are still to come, in place."""
+        if self._regularizer is None or not self.times.start <= step <= self.times.last:
+            return
+        rates = {id(p): held["lr"] for held in optimizer.param_groups for p in held["params"]}
+        blocks = [block for site in self.sites for block in self.pattern.lasso_blocks(site)]
+        held = [(view, block) for view, block in zip(self.views, blocks, strict=True) if id(view.parameter) in rates]
+        self._regularizer.shrink_(
+            [view for view, _ in held], [block for _, block in held], [rates[id(view.parameter)] for view, _ in held]
+        )
+
+    def broken_units(self) -> dict[str, int]:
+        """Units of the masks in force that are not of the pattern, by site."""
+        counts = [self.pattern.broken_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
+        return dict(zip([site.name for site in self.sites], torch.stack(counts).tolist(), strict=True))
 
     def follow_device(self) -> None:
         """Bring masks and scores to where the weights are now.
@@ -256,6 +288,12 @@ class LayerGroup:
 
     def _check_settings(self) -> None:
         settings = self.settings
+        if settings.reduce not in self.criterion.reductions:
+            known = ", ".join(self.criterion.reductions)
+            raise ConfigError(
+                f"criterion {type(self.criterion).__name__} cannot be reduced by '{settings.reduce}': its sum over a "
+                f"unit has a sign; known: {known}"
+            )
         if settings.target_sparsity > self.pattern.max_sparsity:
             raise ConfigError(
                 f"target_sparsity={settings.target_sparsity:g} is above {self.pattern.max_sparsity:g}, "

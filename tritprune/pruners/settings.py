@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from tritprune.criteria import Criterion
 from tritprune.errors import ConfigError
 from tritprune.patterns import Pattern
+from tritprune.pruners.regularizers import Regularizer
 from tritprune.registry import check_arguments
 from tritprune.schedules import PruneTimes, Schedule
+from tritprune.selection import Normalize
 
 SCOPES = ("global", "local")
+SCORE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,9 @@ class GroupSettings:
     min_layer_sparsity: float = 0.0
     max_layer_sparsity: float = 1.0
     reduce: str = "mean"
+    normalize: Normalize = "none"
+    score_dtype: str = "fp32"
+    regularizer: str | Mapping[str, Any] | Regularizer | None = None
     regrow: bool = False
     reset_state: bool = False
 
@@ -51,6 +59,9 @@ class GroupSettings:
         _rising("min_layer_sparsity", self.min_layer_sparsity, "max_layer_sparsity", self.max_layer_sparsity)
         if self.scope not in SCOPES:
             raise ConfigError(f"scope is one of {', '.join(SCOPES)}, got '{self.scope}'")
+        for key, known in (("normalize", get_args(Normalize)), ("score_dtype", tuple(SCORE_DTYPES))):
+            if getattr(self, key) not in known:
+                raise ConfigError(f"{key} is one of {', '.join(known)}, got '{getattr(self, key)}'")
         for key in ("include", "exclude"):
             globs = getattr(self, key)
             if isinstance(globs, str):  # a string is a sequence of its letters, each of which would be a glob

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tritprune.pruners.group import LayerGroup
+from tritprune.pruners.group import LayerGroup, Proposal
 from tritprune.pruners.reports import LayerCount
 from tritprune.selection import refuse_non_finite
 
@@ -28,21 +28,39 @@ class Update:
     skipped: int
 
 
+Read = tuple[Proposal, list[int]]
+"""A proposal and its numbers on the host."""
+
+
 def update_masks(due: Sequence[LayerGroup], step: int) -> Update:
-    """Choose the masks of ``step`` and put them in force. All numbers come to the host in one read.
+    """Choose the masks of ``step`` and put them in force.
 
     Raises:
         NonFiniteScoreError: a score is NaN or infinite; the masks before it stay in force.
     """
-    proposals = [group.propose(step) for group in due]
+    return put_in_force(due, read_proposals(due, [step] * len(due), step), step)
+
+
+def read_proposals(groups: Sequence[LayerGroup], targets: Sequence[int], step: int) -> list[Read]:
+    """What the scores of ``step`` and the schedule of each group's target step ask for. One read for all numbers.
+
+    Raises:
+        NonFiniteScoreError: a score is NaN or infinite.
+    """
+    proposals = [group.propose(target) for group, target in zip(groups, targets, strict=True)]
     device = proposals[0].numbers.device
     host = iter(torch.cat([proposal.numbers.to(device) for proposal in proposals]).tolist())
     numbers = [[next(host) for _ in range(proposal.numbers.numel())] for proposal in proposals]
-    for group, own in zip(due, numbers, strict=True):
+    for group, own in zip(groups, numbers, strict=True):
         refuse_non_finite(group.non_finite(own), [site.name for site in group.sites], step)
+    return list(zip(proposals, numbers, strict=True))
+
+
+def put_in_force(due: Sequence[LayerGroup], proposals: Sequence[Read], step: int) -> Update:
+    """Make proposals the masks; after a group's last prune step its scores are freed."""
     counts: dict[str, LayerCount] = {}
     changed = skipped = 0
-    for group, proposal, own in zip(due, proposals, numbers, strict=True):
+    for group, (proposal, own) in zip(due, proposals, strict=True):
         group_counts, group_changed, group_skipped = group.commit(proposal, own)
         counts |= group_counts
         changed, skipped = changed + group_changed, skipped + group_skipped

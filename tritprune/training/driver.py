@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritprune.errors import CertificateError, InterruptedRunError
+from tritprune.errors import CertificateError, ConfigError, InterruptedRunError, TritpruneError
 from tritprune.export import load_model, save_model
 from tritprune.pruners import Pruner, SparsityReport, sparsity_of
 from tritprune.report import heatmap_png, write_report
 from tritprune.slimming import SlimResult, check_saved, slim_model
 from tritprune.slimming.latency import measure_together
+from tritprune.tasks import Task
 from tritprune.training import provenance
 from tritprune.training.checkpoint import write_json
 from tritprune.training.dense_cache import DenseCache
@@ -39,6 +40,7 @@ class Plan:
         cache: where dense models are kept.
         control: ``random`` repeats pruning and recovery with random masks at the same budget.
         tracer: how the slimmer reads the model; None leaves out the slimming.
+        init_from: folder of a saved model that takes the place of the fine-tuned dense one.
     """
 
     make_pruner: Callable[..., Pruner]
@@ -46,6 +48,28 @@ class Plan:
     cache: Path
     control: str | None = None
     tracer: str | None = "jit"
+    init_from: Path | None = None
+
+
+def starting_model(task: Task, seed: int, init_from: Path | None) -> nn.Module:
+    """The task's fresh model, with the weights of a saved one if there is one to start from.
+
+    Raises:
+        CheckpointError: the folder is not a saved model.
+        ConfigError: the saved model has other layers or widths (a slim one has).
+    """
+    model = task.build_model(seed)
+    if init_from is not None:
+        try:
+            model.load_state_dict(load_model(init_from).state_dict())
+        except RuntimeError as error:
+            if isinstance(error, TritpruneError):
+                raise
+            raise ConfigError(
+                f"init_from={init_from} does not fit task '{task.name}': {' '.join(str(error).split()[:40])}; "
+                "start from a dense or pruned/ model of the same task, not from slim/"
+            ) from None
+    return model
 
 
 class Driver:
@@ -83,7 +107,11 @@ class Driver:
         return self._result
 
     def dense(self) -> tuple[nn.Module, dict[str, float]]:
-        """Fine-tune the dense model, or take it from the cache."""
+        """Fine-tune the dense model, or take it from the cache or from where the user says."""
+        if self.plan.init_from is not None:
+            model = starting_model(self.run.task, self.run.seed, self.plan.init_from)
+            self.run.progress.say(f"dense    none: this run starts from {self.plan.init_from}")
+            return model.eval(), self.run.task.evaluate(model.to(self.run.device), device=self.run.device)
         run, cache = self.run, DenseCache(self.plan.cache)
         key = cache.key(run.task, run.settings, run.seed, run.accelerator.num_processes)
         known = cache.load(key) if agree(cache.path(key).exists()) else None
@@ -184,7 +212,8 @@ class Driver:
         latency = self._latency(models)
         key = DenseCache(self.plan.cache)
         saved = {
-            "dense": key.path(key.key(run.task, run.settings, run.seed, run.accelerator.num_processes)),
+            "dense": self.plan.init_from
+            or key.path(key.key(run.task, run.settings, run.seed, run.accelerator.num_processes)),
             "pruned": folder / PRUNED,
             "slim": folder / SLIM,
         }

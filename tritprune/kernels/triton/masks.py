@@ -6,6 +6,8 @@ Two passes over the scores: the first leaves the tied elements of every tile (8 
 tiles turns them into what comes after each tile, and the second writes the masks, counting within a tile only where
 it has ties. 8 bytes a unit read, 1 written; nothing depends on the order of programs.
 
+Counting violations reads every weight once and adds up, per tile, what should be zero and is not.
+
 Applying a mask stores zeros where a unit is gone and reads no weight: 1 byte a unit (from the cache after its first
 element) and the pruned share of the weights written.
 """
@@ -119,6 +121,38 @@ def _apply_kernel(
     tl.store(tensor_ptr + at(rows, cols, stride_r, stride_c), zero, mask=inside & (keep == 0))
 
 
+@triton.jit
+def _violations_kernel(
+    counts_ptr,  # [T] int64
+    table_ptr,  # [T, APPLY_FIELDS + 1]: first tile, tensor, mask, R, C, tensor strides, mask strides, n, m, layer
+    owners_ptr,  # [tiles]
+    TYPE: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, APPLY_FIELDS + 1)
+    tensor_ptr = load_pointer(row_ptr + 1, TYPE, False)
+    mask_ptr = load_pointer(row_ptr + 2, tl.int8, False)
+    stride_r = tl.load(row_ptr + 5)
+    stride_c = tl.load(row_ptr + 6)
+    mask_stride_r = tl.load(row_ptr + 7)
+    mask_stride_c = tl.load(row_ptr + 8)
+    layer = tl.load(row_ptr + 11)
+    rows, cols, inside = walk_grid(tile, tl.load(row_ptr + 3), tl.load(row_ptr + 4), BLOCK, False)
+    if N > 0:
+        unit_rows = rows // N  # [BLOCK]
+        unit_cols = cols // M
+    else:
+        unit_rows = rows // tl.load(row_ptr + 9).to(tl.int32)
+        unit_cols = cols // tl.load(row_ptr + 10).to(tl.int32)
+    keep = tl.load(mask_ptr + at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), mask=inside, other=1)
+    bits = tl.load(tensor_ptr + at(rows, cols, stride_r, stride_c), mask=inside & (keep == 0), other=0)
+    found = tl.sum((bits + bits != 0).to(tl.int32))  # twice the bits: the sign falls out, -0 is zero
+    if found > 0:
+        tl.atomic_add(counts_ptr + layer, found.to(tl.int64), sem="relaxed")
+
+
 def masks_from_threshold(
     scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor
 ) -> list[Tensor]:
@@ -163,6 +197,26 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Seq
         )
         zero_type = tl.int32 if width == 4 else tl.int16  # zero has the same bits in every type of that width
         multi_tensor.launch(_apply_kernel, tiles, table, owners, TYPE=zero_type, N=n, M=m, BLOCK=_BLOCK)
+
+
+def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
+    """See :func:`tritprune.kernels.reference.count_violations`; launches as for :func:`apply_masks_`."""
+    device = masks[0].device if masks else torch.device("cpu")
+    counts = torch.zeros(len(masks), dtype=torch.int64, device=device)
+    layers = [(*_oriented(*layer), index) for index, layer in enumerate(zip(tensors, masks, blocks, strict=True))]
+    for (width, n, m), members in multi_tensor.group_by(layers, lambda layer: _apply_variant(*layer[:3])).items():
+        table, owners, tiles = multi_tensor.tables(
+            [
+                (tensor.data_ptr(), mask.data_ptr(), *tensor.shape, *tensor.stride(), *mask.stride(), *block, index)
+                for tensor, mask, block, index in members
+            ],
+            [tensor.numel() for tensor, *_ in members],
+            _BLOCK,
+            device,
+        )
+        bits = tl.int32 if width == 4 else tl.int16
+        multi_tensor.launch(_violations_kernel, tiles, counts, table, owners, TYPE=bits, N=n, M=m, BLOCK=_BLOCK)
+    return counts
 
 
 class _ThresholdLayer:
