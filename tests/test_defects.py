@@ -170,6 +170,40 @@ def test_the_minimum_ratio_was_not_a_floor(pattern, target, floor):
     assert pruner.sparsity().prunable.zeros == math.floor(target * 192 / unit) * unit
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4)], ids=["zeroed a 2:4 model", "unlocked a 1:4 model"])
+def test_locking_a_2in4_model_zeroed_it_and_locking_1in4_unlocked_it(n, m):
+    model = chain(8, 8, 8, 3)
+    once = get_pruner("one_shot", model, criterion="magnitude", pattern=f"{n}:{m}", start_step=0, target_sparsity=n / m)
+    once.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    once.detach()
+    zeros = [layer.weight == 0 for layer in model[:2]]
+    assert sum(int(zero.sum()) for zero in zeros) == 128 * n // m
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = from_neural_compressor({"pruning_type": "pattern_lock", "pattern": f"{n}:{m}"}, model).attach(optimizer)
+    for again in range(2):  # idempotent
+        train(model, optimizer, 3, shape=(8, 8), first=3 * again)
+        assert all(torch.equal(layer.weight == 0, zero) for layer, zero in zip(model[:2], zeros, strict=True))
+    assert pruner.current_sparsity_ratio == n / m
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "2:4"])
+def test_progressive_mode_never_made_partial_blocks_for_4x1_and_refused_2in4(pattern):
+    model = chain(8, 8, 8, 8, 3)
+    config = {"pruning_type": "snip_momentum_progressive", "pattern": pattern, "target_sparsity": 0.5}
+    pruner = from_neural_compressor({**config, "start_step": 4, "end_step": 12, "pruning_frequency": 8}, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    pruner.attach(optimizer)
+    partial = 0
+    for step in range(14):
+        train(model, optimizer, 1, shape=(8, 8), first=step)
+        for layer in model[:3]:
+            zero = layer.weight == 0
+            gone = zero.view(2, 4, 8).sum(1) if pattern == "4x1" else zero.view(8, 2, 4).sum(2)
+            partial += int(((gone > 0) & (gone < (4 if pattern == "4x1" else 2))).sum())
+    assert partial > 0
+    assert pruner.sparsity().prunable.sparsity == 0.5
+
+
 # ---- scores --------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +248,40 @@ def test_gradient_criterion_regrew_weights_unasked():
             assert not (mask.mask & gone.get(name, torch.zeros_like(mask.mask))).any()
             gone[name] = ~mask.mask
     assert pruner.sparsity().prunable.sparsity == pytest.approx(0.5, abs=0.005)
+
+
+def test_low_memory_scores_in_fp16_underflowed():
+    """Scores of 1e-9 and less are 0 in fp16; then all units are equal."""
+    digests = []
+    for settings in ({}, {"low_memory_usage": True}):
+        model = chain(6, 8, 8, 3)
+        config = {"pattern": "4x1", "target_sparsity": 0.5, "start_step": 1, "end_step": 2, **settings}
+        pruner = from_neural_compressor(config, model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        pruner.attach(optimizer)
+        batch = torch.randn((8, 6), generator=torch.Generator().manual_seed(0))
+        (model(batch).square().mean() * 1e-9).backward()
+        optimizer.step()
+        scores = torch.cat([score.flatten().float() for score in pruner.scores.values()])
+        assert 0 < scores.min() <= scores.max() < 1e-8
+        digests.append(scores)
+    torch.testing.assert_close(digests[0], digests[1], rtol=2**-8, atol=0)
+
+
+def test_group_lasso_divided_by_the_gradient_norm():
+    """A unit without a gradient was divided by 1e-12: its weights blew up. Proximal on weights, they only shrink."""
+    model = chain(6, 8, 8, 3)
+    config = {"reg_type": "group_lasso", "reg_coeff": 0.01, "start_step": 1, "end_step": 20, "target_sparsity": 0.5}
+    pruner = from_neural_compressor(config, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner.attach(optimizer)
+    before = [layer.weight.detach().clone() for layer in model[:2]]
+    (model(torch.zeros(4, 6)) * 0).sum().backward()  # gradients of zero
+    optimizer.step()
+    for layer, old in zip(model[:2], before, strict=True):
+        assert (layer.weight.abs() <= old.abs()).all()
+        assert (layer.weight.abs() < old.abs()).any()
+        assert torch.isfinite(layer.weight).all()
 
 
 # ---- configs -------------------------------------------------------------------------------------------------------
