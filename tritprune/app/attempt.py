@@ -1,9 +1,11 @@
 """One run from its config: all is built and checked before anything is spent, and however it ends is recorded."""
 
+import json
 import shlex
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tritprune.app.composition import PrunerMaker, composition, inline_files
+from tritprune.app.plan_view import plan_view
 from tritprune.app.signals import StopRequest, stop_signals
 from tritprune.errors import CheckpointError, ConfigError, InterruptedRunError, RunFolderError, TritpruneError
 from tritprune.kernels import set_backend
@@ -32,7 +35,7 @@ from tritprune.training.settings import TrainingSettings
 
 REFUSED, FAILED = 2, 1
 # A run's numbers do not depend on these, so that a resumed run may change them.
-BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins", "job")
+BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins", "job", "plan")
 
 
 def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console) -> int:
@@ -44,6 +47,9 @@ def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console)
     attempt = Attempt(config, command, overrides, console)
     stop = StopRequest()
     try:
+        if config["plan"]:
+            attempt.show_plan()
+            return 0
         with stop_signals(stop, console):
             attempt.execute(stop)
         return 0
@@ -154,6 +160,25 @@ class Attempt:
             progress.say(console_table(result))
             tracker.finish()
             progress.say(console_epilogue(result, self._folder.path))
+
+    def show_plan(self) -> None:
+        """Say what the run would prune; no data is read, nothing is trained, no folder is made."""
+        config = self.config
+        _one_of("plan", config["plan"], (False, True, "json"))
+        for plugin in config["plugins"]:
+            _import_plugin(plugin)
+        inline_files(config)
+        settings = TrainingSettings.from_config(config["training"])
+        task = get_task(config["task"])
+        init_from = Path(config["init_from"]) if config["init_from"] else None
+        pruner = PrunerMaker(config, settings, task)(starting_model(task, config["seed"], init_from))
+        plan = pruner.plan()
+        if config["plan"] == "json":
+            self.console.print_json(json.dumps(asdict(plan)))
+            return
+        words = [word for word in shlex.split(self.command) if not word.startswith("plan=")]
+        for part in plan_view(plan, shlex.join(words)):
+            self.console.print(part)
 
     def close(self, status: str, error: str, trace: str = "") -> Path | None:
         """Leave a run that did not finish in a state that says so; where the traceback is."""

@@ -17,6 +17,7 @@ from tritprune.pruners.masks import LayerMask, MaskSet
 from tritprune.pruners.named import BlockMaskPruner, HeadPruner, MagnitudePruner, SnipMomentumPruner, SnipPruner
 from tritprune.pruners.one_shot import OneShotPruner
 from tritprune.pruners.pattern_lock import PatternLockPruner
+from tritprune.pruners.plan import PlannedGroup, PlannedLayer, PlannedStep, PruningPlan
 from tritprune.pruners.progressive import ProgressivePruner
 from tritprune.pruners.regularizers import GroupLasso, get_regularizer, register_regularizer, regularizers
 from tritprune.pruners.reports import (
@@ -41,10 +42,14 @@ __all__ = [
     "MaskSet",
     "OneShotPruner",
     "PatternLockPruner",
+    "PlannedGroup",
+    "PlannedLayer",
+    "PlannedStep",
     "ProgressivePruner",
     "PruneEvent",
     "PrunedLayer",
     "Pruner",
+    "PruningPlan",
     "SnipMomentumPruner",
     "SnipPruner",
     "SparsityCount",

@@ -32,6 +32,7 @@ from tritprune.pruners.guard import (
     violations,
 )
 from tritprune.pruners.masks import LayerMask, MaskSet, pack, unpack
+from tritprune.pruners.plan import PruningPlan, plan_of
 from tritprune.pruners.regularizers import Regularizer
 from tritprune.pruners.reports import LayerCount, PruneEvent, SparsityReport, sparsity_of
 from tritprune.pruners.spec_names import SpecNames, by_modules
@@ -278,6 +279,10 @@ class Pruner(SpecNames):
     def sparsity(self) -> SparsityReport:
         """The zeros that the model's weights have now, over three denominators."""
         return sparsity_of(self.model, [layer.name for layer in self.layers])
+
+    def plan(self) -> PruningPlan:
+        """What will be pruned, when, how exactly and at what cost in memory; nothing is trained for it."""
+        return plan_of(self._groups, self.excluded, self._counts, [layer.name for layer in self.layers])
 
     def layer_report(self) -> list[dict[str, Any]]:
         """One row a layer: name, group, pattern, shape, elements, unit, units, kept_units, zeros, sparsity.
