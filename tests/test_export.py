@@ -118,6 +118,26 @@ def test_widths_biases_and_attributes(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
+def test_widths_of_any_layer(tmp_path):
+    model = Net()
+    model.up = nn.Linear(3, 5, bias=False)
+    layer = {"tensors": {"weight": [5, 3], "bias": None}, "sizes": {"out_features": 5, "in_features": 3}}
+    widths = {"layers": {"up": layer, "down": {"tensors": {"weight": [2, 5]}, "sizes": {"in_features": 5}}}}
+    model.down = nn.Linear(5, 2, bias=model.down.bias is not None)
+    widths["layers"]["twin"] = {"tensors": {"weight": [5, 3]}, "sizes": {"out_features": 5}}
+    model.twin = nn.Linear(3, 5, bias=model.twin.bias is not None)
+    if model.twin.bias is not None:
+        widths["layers"]["twin"]["tensors"]["bias"] = [5]
+    loaded = load_model(save_model(model, tmp_path / "net", builder=NET, widths=widths))
+    assert_same_state(loaded, model)
+    assert (loaded.up.out_features, loaded.down.in_features) == (5, 5)
+    edit_manifest(
+        tmp_path / "net", widths={"layers": {"up": {"tensors": {"wait": [5]}, "sizes": {}}}, "attributes": {}}
+    )
+    with pytest.raises(CheckpointError, match=r"sizes 'up\.wait', which is no tensor of Linear"):
+        load_model(tmp_path / "net")
+
+
 def test_slim_bert_loads_in_a_new_process_and_gives_its_certificate(tmp_path):
     model = bert()
     kill(model.bert.encoder.layer[0].intermediate.dense, slice(0, 6))
@@ -281,7 +301,7 @@ def halve(path):
         (lambda f: edit_manifest(f, builder={"kind": "pickle"}), "unknown builder kind 'pickle'"),
         (lambda f: edit_manifest(f, builder={"kind": "transformers", "class": "Trainer"}), "no model class 'Trainer'"),
         (lambda f: edit_manifest(f, widths={"linears": {}, "attributes": {}}), r"'bert\.encoder.*is \[24, 34\], the m"),
-        (lambda f: edit_manifest(f, widths={}), r"cannot be built: KeyError: 'linears'"),
+        (lambda f: edit_manifest(f, widths={}), r"cannot be built: KeyError: 'attributes'"),
         (lambda f: edit_manifest(f, aliases={"a": "b"}), "is damaged: no tensor 'b'"),
         (lambda f: (f / "model.safetensors").unlink(), r"is incomplete: model\.safetensors is missing"),
         (lambda f: (f / "config.json").unlink(), r"is incomplete: config\.json is missing"),

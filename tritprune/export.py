@@ -3,7 +3,7 @@
 The folder::
 
     model.safetensors    every weight and persistent buffer, named as in the model's ``state_dict``
-    manifest.json        how to build the model, which linears have which size, SHA-256 of the other files, versions
+    manifest.json        how to build the model, which layers have which size, SHA-256 of the other files, versions
     config.json          a Hugging Face model's configuration; ``from_pretrained`` reads it where it can say all widths
 """
 
@@ -48,7 +48,7 @@ def save_model(
         folder: made if it is missing.
         builder: how to build the bare model: ``{"kind": "transformers", "class": name}`` for a Hugging Face model, or
             ``{"kind": "registered", "name": name, "arguments": {...}}`` for one of :data:`tritprune.registry.models`.
-        widths: ``SlimResult.widths`` of a slim model: where its linears and head counts are not the bare ones.
+        widths: ``SlimResult.widths`` of a slim model: where its layers and head counts are not the bare ones.
         extra: plain values that the manifest keeps for its reader.
 
     Returns:
@@ -60,7 +60,7 @@ def save_model(
     """
     folder = Path(folder)
     _check_builder(builder, ConfigError)
-    widths = {"linears": {}, "attributes": {}, **(widths or {})}
+    widths = {"layers": {}, "attributes": {}, **(widths or {})}
     tensors, aliases = _tensors(model)
     manifest: dict[str, Any] = {"format": FORMAT, "class": type(model).__name__, "builder": dict(builder)}
     manifest |= {"widths": widths, "aliases": aliases, "extra": dict(extra or {})}
@@ -164,7 +164,8 @@ def _describe_transformers(model: nn.Module, builder: Mapping[str, Any], widths:
     config: Any = copy.deepcopy(model.config)
     config.architectures = [library_class.__name__]
     if not widths["attributes"]:
-        sizes = sorted({size for linear in widths["linears"].values() for size in (linear["out"], linear["in"])})
+        shapes = [shape for layer in widths["layers"].values() for shape in layer["tensors"].values() if shape]
+        sizes = sorted({size for shape in shapes for size in shape})
         names = [name for name in FEED_FORWARD_SIZES if isinstance(getattr(config, name, None), int)]
         for changes in ({}, *({name: size} for name in names for size in sizes)):
             candidate = copy.deepcopy(config)
@@ -261,21 +262,51 @@ def _build(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
 
 
 def _resize(model: nn.Module, widths: Mapping[str, Any]) -> None:
-    """Give linears the sizes of the manifest (their weights are filled later) and set the head counts."""
-    for name, size in widths["linears"].items():
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(f"the manifest sizes '{name}', which is {type(linear).__name__}, not a linear")
-        linear.weight = nn.Parameter(linear.weight.new_zeros(size["out"], size["in"]))
-        bias = nn.Parameter(linear.weight.new_zeros(size["out"])) if size["bias"] else None
-        linear.register_parameter("bias", bias)
-        linear.out_features, linear.in_features = size["out"], size["in"]
-    for name, attributes in widths["attributes"].items():
+    """Give layers the shapes of the manifest (their tensors are filled later) and set their sizes and head counts."""
+    for name, layer in {**_linears(widths.get("linears", {})), **widths.get("layers", {})}.items():
         module = model.get_submodule(name)
-        for attribute, value in attributes.items():
-            if not isinstance(getattr(module, attribute), int) or not isinstance(value, int):
-                raise CheckpointError(f"the manifest sets '{name}.{attribute}' to {value!r}, which is not a count")
-            setattr(module, attribute, value)
+        for part, shape in layer["tensors"].items():
+            _reshape(module, name, part, shape)
+        _set_counts(module, name, layer["sizes"])
+    for name, counts in widths["attributes"].items():
+        _set_counts(model.get_submodule(name), name, counts)
+
+
+def _linears(linears: Mapping[str, Any]) -> dict[str, Any]:
+    """The form in which the first version wrote widths: ``{name: {"out", "in", "bias"}}``."""
+    return {
+        name: {
+            "tensors": {"weight": [size["out"], size["in"]], "bias": [size["out"]] if size["bias"] else None},
+            "sizes": {"out_features": size["out"], "in_features": size["in"]},
+        }
+        for name, size in linears.items()
+    }
+
+
+def _reshape(module: nn.Module, name: str, part: str, shape: list[int] | None) -> None:
+    where = f"{name}.{part}" if name else part
+    if part in module._buffers and shape is not None:
+        buffer = module._buffers[part]
+        if buffer is None:
+            raise CheckpointError(f"the manifest sizes '{where}', which is None")
+        module._buffers[part] = buffer.new_zeros(shape)
+    elif part in module._parameters:
+        like = next((p for p in module._parameters.values() if p is not None), None)
+        if like is None:
+            raise CheckpointError(f"the manifest sizes '{where}' of a module without parameters")
+        module.register_parameter(part, None if shape is None else nn.Parameter(like.new_zeros(shape)))
+    else:
+        raise CheckpointError(f"the manifest sizes '{where}', which is no tensor of {type(module).__name__}")
+
+
+def _set_counts(module: nn.Module, name: str, counts: Mapping[str, Any]) -> None:
+    for attribute, value in counts.items():
+        made = tuple(value) if isinstance(value, list) else value
+        old = getattr(module, attribute)
+        parts = made if isinstance(made, tuple) else (made,)
+        if type(made) is not type(old) or not all(type(part) is int for part in parts):
+            raise CheckpointError(f"the manifest sets '{name}.{attribute}' to {value!r}, which is not a count")
+        setattr(module, attribute, made)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str], folder: Path) -> None:

@@ -110,7 +110,9 @@ def test_constant_of_a_dead_unit_goes_into_a_new_bias():
     result, kept = kept_units(model, rows=[1])
     assert kept == 7
     torch.testing.assert_close(result.model.down.bias, 0.5 * model.down.weight[:, 1])
-    assert result.widths["linears"]["down"] == {"out": 4, "in": 7, "bias": True}
+    sizes = {"tensors": {"weight": [4, 7], "bias": [4]}, "sizes": {"in_features": 7}}
+    assert result.widths["layers"]["down"] == sizes
+    assert result.created == ("down.bias",)
 
 
 def test_no_bias_is_made_where_none_is_needed():

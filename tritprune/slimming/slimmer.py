@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritprune.slimming.account import Selections, changed_widths, compose, created_and_folded
 from tritprune.slimming.attention import Attention, find_attention
 from tritprune.slimming.certificate import Certificate, certify
 from tritprune.slimming.check_inputs import derive_inputs
@@ -17,8 +18,6 @@ from tritprune.slimming.graph import trace
 from tritprune.slimming.leftovers import Refusal, explain_leftovers
 from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
 from tritprune.slimming.surgery import (
-    HEAD_COUNTS,
-    HEAD_WIDTHS,
     Units,
     common_parent,
     cut_feed_forward,
@@ -61,7 +60,11 @@ class SlimResult:
         found: every block that was looked at: ``kind``, ``where``, its linears, its units or heads.
         certificate: the proof that the outputs are those of the model that was given.
         widths: what :func:`tritprune.export.save_model` needs to build the slim model again:
-            ``{"linears": {name: {"out", "in", "bias"}}, "attributes": {module: {attribute: value}}}``, what changed.
+            what changed, in the form that :func:`tritprune.slimming.account.changed_widths` describes.
+        selections: tensor name -> {dimension: int64 indices into the dimension as it was, in the order kept}, for every
+            parameter and buffer that was cut.
+        created: parameters that the given model does not have: biases that were made to hold folded constants.
+        folded: parameters whose values were changed because constants were folded into them.
         parameters_before: number of parameters of the model that was given.
         parameters_after: number of parameters of the slim model.
     """
@@ -72,6 +75,9 @@ class SlimResult:
     found: list[dict[str, Any]]
     certificate: Certificate
     widths: dict[str, Any]
+    selections: Selections
+    created: tuple[str, ...]
+    folded: tuple[str, ...]
     parameters_before: int
     parameters_after: int
 
@@ -102,6 +108,7 @@ def slim_model(
     slimmer = _Slimmer(model, slim, inputs, tracer)
     slimmer.cut_until_nothing_is_dead()
     checks = [ModelInputs.of(given) for given in check_inputs] if check_inputs else derive_inputs(model, inputs)
+    created, folded = created_and_folded(model, slim, slimmer.selections)
     return SlimResult(
         model=slim,
         cuts=slimmer.cuts(),
@@ -109,6 +116,9 @@ def slim_model(
         found=slimmer.found,
         certificate=certify(model, slim, checks),
         widths=changed_widths(model, slim),
+        selections=slimmer.selections,
+        created=created,
+        folded=folded,
         parameters_before=sum(parameter.numel() for parameter in model.parameters()),
         parameters_after=sum(parameter.numel() for parameter in slim.parameters()),
     )
@@ -117,23 +127,6 @@ def slim_model(
 def slim(model: nn.Module, example_inputs: Any, **settings: Any) -> nn.Module:
     """A smaller copy of ``model`` with the same outputs; see :func:`slim_model`, which also returns the account."""
     return slim_model(model, example_inputs, **settings).model
-
-
-def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
-    """The sizes of the linears and the head attributes in which two models of the same module names differ."""
-    linears: dict[str, dict[str, Any]] = {}
-    attributes: dict[str, dict[str, Any]] = {}
-    old = dict(before.named_modules())
-    for name, module in after.named_modules():
-        if isinstance(module, nn.Linear):
-            was = old[name]
-            assert isinstance(was, nn.Linear)
-            if module.weight.shape != was.weight.shape or (module.bias is None) != (was.bias is None):
-                linears[name] = {"out": module.out_features, "in": module.in_features, "bias": module.bias is not None}
-        values = {a: v for a in (*HEAD_COUNTS, *HEAD_WIDTHS) if (v := vars(module).get(a)) != vars(old[name]).get(a)}
-        if values:
-            attributes[name] = values
-    return {"linears": linears, "attributes": attributes}
 
 
 @dataclass
@@ -145,6 +138,7 @@ class _Slimmer:
     inputs: ModelInputs
     tracer: str
     refused: list[Refusal] = field(default_factory=list)
+    selections: Selections = field(default_factory=dict[str, dict[int, Tensor]])
 
     def __post_init__(self) -> None:
         self.graph = trace(self.slim, self.inputs, self.tracer)
@@ -184,6 +178,7 @@ class _Slimmer:
         if len(kept) == len(units.dead):
             return False
         cut_feed_forward(block, self.slim, kept, units.constant)
+        self._note(block.frontier, block.root, kept)
         return True
 
     def _cut_attention(self, attention: Attention) -> bool:
@@ -202,6 +197,9 @@ class _Slimmer:
         problem = self._trial()
         if problem is None:
             self._heads[id(attention)] = len(kept)
+            size = units.constant.shape[1]
+            elements = (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+            self._note(attention.linears[:3], attention.linears[3], elements)
             return True
         for module, state in zip(modules, saved, strict=True):
             _restore(module, state)
@@ -210,6 +208,14 @@ class _Slimmer:
             Refusal("heads", _where(attention), f"{heads - len(kept)} of {heads} heads are dead but stay: {problem}")
         )
         return False
+
+    def _note(self, makers: Sequence[str], reader: str, kept: Tensor) -> None:
+        """Of the rows of ``makers`` and the columns of ``reader`` only ``kept`` have stayed."""
+        for name in makers:
+            for part, tensor in linear_at(self.slim, name).named_parameters():
+                compose(self.selections, f"{name}.{part}", 0, kept)
+                assert len(self.selections[f"{name}.{part}"][0]) == len(tensor)
+        compose(self.selections, f"{reader}.weight", 1, kept)
 
     def _trial(self) -> str | None:
         try:
