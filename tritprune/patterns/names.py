@@ -6,7 +6,6 @@ that one made on either side fits the other.
 """
 
 from collections.abc import Iterator
-from typing import cast
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -47,7 +46,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper holds; None if this is none."""
     if isinstance(module, _HOLD_MODULE):
-        return cast("nn.Module", module.module)
+        return _children(module)["module"]
     # By name: importing the compiler to ask for its class would take longer than importing torch.
     if type(module).__name__ == "OptimizedModule":
         return _children(module)["_orig_mod"]
