@@ -447,3 +447,52 @@ def test_bf16_weights_are_pruned(sgd):
     layer(torch.ones(1, 16, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
     assert pruner.sparsity().prunable.sparsity == 0.5
+
+
+@pytest.mark.parametrize("as_keyword", [True, False])
+def test_a_closure_is_scored_with_the_gradients_that_it_makes(make_net, sgd, as_keyword):
+    """A step that is given a closure computes its gradients inside: before it there are none, or those of the past."""
+
+    def run(closured):
+        net = make_net()
+        optimizer = sgd(net)
+        pruner = Pruner(net, target_sparsity=0.5, end_step=6, frequency=2).attach(optimizer)
+        for step in range(7):
+            batch = torch.randn(8, 13, generator=torch.Generator().manual_seed(step))
+
+            def closure(batch=batch):
+                optimizer.zero_grad()
+                loss = net(batch).square().mean()
+                loss.backward()
+                return loss
+
+            if not closured:
+                closure()
+                optimizer.step()
+            elif as_keyword:
+                assert optimizer.step(closure=closure) > 0
+            else:
+                assert optimizer.step(closure) > 0
+        return pruner.digest(), net.first.weight.detach()
+
+    (digest, weight), (plain_digest, plain_weight) = run(True), run(False)
+    assert digest == plain_digest
+    assert torch.equal(weight, plain_weight)
+
+
+def test_an_optimizer_that_evaluates_often_scores_once_a_step(net, count_updates):
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3)
+    pruner = Pruner(net, target_sparsity=0.5, end_step=2).attach(optimizer)
+    evaluations = []
+
+    def closure():
+        evaluations.append(pruner.step)
+        optimizer.zero_grad()
+        loss = net(torch.ones(2, 13)).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert len(count_updates) == pruner.step == 2
+    assert len(evaluations) > 2

@@ -17,6 +17,7 @@ from tritprune.patterns.base import Block, Pattern, Reduce, Site, set_reduction
 from tritprune.patterns.block import BlockPattern
 from tritprune.patterns.heads import RECIPES, HeadsPattern, find_attentions, head_count
 from tritprune.patterns.n_in_m import NInMPattern
+from tritprune.patterns.names import plain_modules, unwrapped
 from tritprune.patterns.views import Kind, WeightView, from_2d, kind_of, own_weight, to_2d, view_shape
 from tritprune.registry import Registry, did_you_mean
 
@@ -83,8 +84,10 @@ __all__ = [
     "kind_of",
     "own_weight",
     "patterns",
+    "plain_modules",
     "register_pattern",
     "set_reduction",
     "to_2d",
+    "unwrapped",
     "view_shape",
 ]

@@ -1,7 +1,6 @@
 """Whole attention heads: rows of query, key and value, columns of the output, all together."""
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from tritprune.errors import ConfigError
 from tritprune.kernels import UnitGrid
 from tritprune.patterns.base import Pattern, Site
+from tritprune.patterns.names import plain_modules
 from tritprune.patterns.views import WeightView
 
 RECIPES: tuple[tuple[str, str, str, str], ...] = (
@@ -100,7 +100,7 @@ class HeadsPattern(Pattern):
 
 def find_attentions(model: nn.Module) -> list[tuple[str, tuple[str, str, str, str]]]:
     """Every attention of a model: its dotted name and those of its query, key, value and output linears."""
-    names = [name for name, _ in cast("Iterator[tuple[str, nn.Module]]", model.named_modules())]
+    names = [name for name, _ in plain_modules(model)]
     known = set(names)
     found: list[tuple[str, tuple[str, str, str, str]]] = []
     for name in names:
@@ -117,8 +117,9 @@ def find_attentions(model: nn.Module) -> list[tuple[str, tuple[str, str, str, st
 def head_count(model: nn.Module, query: str) -> int | None:
     """The number of heads: from the nearest module that holds ``query`` and says it, else from ``model.config``."""
     parts = query.split(".")
-    holders: list[object] = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1)]
-    for holder in (*holders, getattr(model, "config", None)):
+    modules = dict(plain_modules(model, remove_duplicate=False))
+    holders: list[object] = [modules[".".join(parts[:end])] for end in range(len(parts) - 1, -1, -1)]
+    for holder in (*holders, getattr(modules[""], "config", None)):
         for attribute in HEAD_COUNTS:
             value = getattr(holder, attribute, None)
             if type(value) is int and value > 0:

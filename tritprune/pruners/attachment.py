@@ -1,7 +1,7 @@
 """Which pruner is at work on which layer; kept beside the model, so that the model can be copied and saved."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,40 @@ def torch_optimizer(optimizer: Any, views: Sequence[WeightView]) -> torch.optim.
             "of the model"
         )
     return inner
+
+
+def after_closure(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], do: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of ``optimizer.step`` with a closure that calls ``do`` once gradients are there.
+
+    Some optimizers evaluate the closure several times a step; ``do`` is called after the first, which is at the weights
+    before the step.
+
+    Args:
+        args: the optimizer, and the closure if it is not in ``kwargs``.
+        kwargs: the rest.
+        do: what needs gradients.
+
+    Returns:
+        None where the step is not given a closure.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        return None
+    done = False
+
+    def evaluate() -> Any:
+        nonlocal done
+        loss = closure()
+        if not done:
+            done = True
+            do()
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": evaluate}
+    return (*args[:1], evaluate, *args[2:]), dict(kwargs)
 
 
 def _owner(module: nn.Module) -> object | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tritprune.criteria import Criterion
 from tritprune.errors import CheckpointError, ConfigError, MaskMismatchError
 from tritprune.patterns import Pattern
-from tritprune.pruners.attachment import claim, release, torch_optimizer
+from tritprune.pruners.attachment import after_closure, claim, release, torch_optimizer
 from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.grouping import group_layers
 from tritprune.pruners.guard import (
@@ -364,10 +364,22 @@ class Pruner(SpecNames):
             self._tell(event)
         self._begun = True
 
-    @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Scores: from the weights before the update, and only while a mask update is still to come."""
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Scores: from the weights before the update; where the step is given a closure, from the gradients it makes.
+
+        Returns:
+            None, or the arguments of the step with the closure replaced.
+        """
         self._look()
+        self._skips_step = False
+        arguments = after_closure(args, kwargs, lambda: self._score(optimizer))
+        if arguments is None:
+            self._score(optimizer)
+        return arguments
+
+    @torch.no_grad()
+    def _score(self, optimizer: torch.optim.Optimizer) -> None:
+        """Fold weights and gradients into the scores, only while a mask update is still to come."""
         started = time.perf_counter()
         # A fused optimizer is given the loss scale and decides on the device whether to skip: then both are read here.
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
