@@ -8,9 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import nn
 
     from tritprune.criteria import Criterion, get_criterion, register_criterion
+    from tritprune.export import loads_with, save
     from tritprune.kernels import use_backend
     from tritprune.neural_compressor import from_neural_compressor
     from tritprune.patterns import Pattern, get_pattern, register_pattern
@@ -55,11 +58,13 @@ __all__ = [
     "get_schedule",
     "get_task",
     "load",
+    "loads_with",
     "register_criterion",
     "register_pattern",
     "register_pruner",
     "register_schedule",
     "register_task",
+    "save",
     "slim",
     "slim_model",
     "use_backend",
@@ -67,6 +72,7 @@ __all__ = [
 
 _HOME = {
     "criteria": ("Criterion", "get_criterion", "register_criterion"),
+    "export": ("loads_with", "save"),
     "kernels": ("use_backend",),
     "neural_compressor": ("from_neural_compressor",),
     "patterns": ("Pattern", "get_pattern", "register_pattern"),
@@ -89,17 +95,21 @@ _HOME = {
 }
 
 
-def load(folder: str | os.PathLike[str]) -> "nn.Module":
+def load(
+    folder: str | os.PathLike[str], *, plugins: "Sequence[str]" = (), build: "Callable[..., nn.Module] | None" = None
+) -> "nn.Module":
     """Rebuild a model that tritprune saved, in evaluation mode, with its slim widths.
 
     Args:
         folder: the folder that holds ``model.safetensors`` and ``manifest.json``.
+        plugins: modules to import first: those of your own that hold or register the model's class.
+        build: your own constructor of the bare model; called with the arguments that were saved.
 
     Raises:
         CheckpointError: the folder is damaged or incomplete; the message says what is missing.
     """
     import_module("tritprune.tasks")  # files the constructors of the tasks' own models
-    return import_module("tritprune.export").load_model(folder)
+    return import_module("tritprune.export").load_model(folder, plugins=plugins, build=build)
 
 
 def __getattr__(name: str) -> Any:

@@ -115,6 +115,7 @@ class Attempt:
             control=config["control"],
             tracer=config["slimmer"]["tracer"],
             init_from=Path(config["init_from"]) if config["init_from"] else None,
+            uniform=bool(config["slimmer"].get("uniform", False)),
         )
         AcceleratorState._reset_state()  # one process may run several jobs with different precisions
         accelerator = Accelerator(
@@ -125,6 +126,11 @@ class Attempt:
         progress = Progress(self.console, silent=not accelerator.is_main_process)
         with progress.status("reading the data"):
             task.prepare()
+            if plan.uniform and task.builder()["kind"] != "transformers":
+                raise ConfigError(
+                    f"slimmer.uniform=true is for models of transformers; task '{task.name}' has a model of its own, "
+                    "which tritprune.load loads at any widths"
+                )
             model = starting_model(task, config["seed"], plan.init_from)
             pruner = plan.make_pruner(model)
         self._folder = self._choose_folder(progress)

@@ -81,6 +81,8 @@ def console_epilogue(result: Result, run_folder: str | os.PathLike[str]) -> Rend
         lines.append(("curves", short_path(folder / str(curves))))
     if slim := artifacts.get("slim"):
         lines.append(("model", "; ".join(filter(None, reload_snippet(folder / str(slim)).splitlines()))))
+        if loads := part(result, "slim", "loads"):
+            lines.append(("", str(loads)))
     if command and status == "finished":
         lines.append(("again", command))
     elif command:

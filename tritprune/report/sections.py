@@ -234,12 +234,12 @@ def slimming(result: Result) -> Html | None:
     slim = part(result, "slim")
     if not isinstance(slim, Mapping) or not slim:
         return None
-    parts = [tag("h2", "Slimming"), _certificate(part(slim, "certificate"))]
+    parts = [tag("h2", "Slimming"), _certificate(part(slim, "certificate"), part(slim, "loads"))]
     parts.append(tag("div", _cuts(slim), _refused(slim), class_="two block"))
     return join(parts)
 
 
-def _certificate(certificate: Any) -> Html | None:
+def _certificate(certificate: Any, loads: Any) -> Html | None:
     if not isinstance(certificate, Mapping):
         return None
     holds = bool(certificate.get("holds"))
@@ -257,6 +257,7 @@ def _certificate(certificate: Any) -> Html | None:
         if certificate.get("inputs") is None
         else f"{certificate.get('inputs')} fixed inputs, every output",
         "Outputs, SHA-256": certificate.get("outputs_sha256"),
+        "Loads with": loads,
     }
     rows = (
         join((tag("dt", key), tag("dd", tag("code", value) if "SHA" in key else value)))

@@ -7,7 +7,7 @@ first stage that is missing one. What a stage does is in the method of its name,
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from tritprune.errors import CertificateError, ConfigError, InterruptedRunError, TritpruneError
-from tritprune.export import load_model, save_model
+from tritprune.export import even_widths, load_model, loads_with, save_model
 from tritprune.pruners import Pruner, SparsityReport, sparsity_of
 from tritprune.report import heatmap_png, write_report
-from tritprune.slimming import SlimResult, check_saved, slim_model
+from tritprune.slimming import SlimResult, certify, check_saved, slim_model
 from tritprune.slimming.latency import measure_together
 from tritprune.tasks import Task
 from tritprune.training import provenance
@@ -41,6 +41,7 @@ class Plan:
         control: ``random`` repeats pruning and recovery with random masks at the same budget.
         tracer: how the slimmer reads the model; None leaves out the slimming.
         init_from: folder of a saved model that takes the place of the fine-tuned dense one.
+        uniform: pad the slim model's layers to the same widths, so that ``from_pretrained`` loads it.
     """
 
     make_pruner: Callable[..., Pruner]
@@ -49,6 +50,7 @@ class Plan:
     control: str | None = None
     tracer: str | None = "jit"
     init_from: Path | None = None
+    uniform: bool = False
 
 
 def starting_model(task: Task, seed: int, init_from: Path | None) -> nn.Module:
@@ -183,9 +185,13 @@ class Driver:
             return load_model(run.folder / SLIM)
         model = pruned.cpu().eval()
         result = slim_model(model, task.model_inputs(task.example_inputs(2)), tracer=self.plan.tracer or "jit")
+        evened: dict[str, int] | None = None
+        if self.plan.uniform:
+            result, evened = _evened(model, result)
         save_model(result.model, run.folder / SLIM, builder=task.builder(), widths=result.widths)
         result.certificate.save(run.folder.path)
-        write_json(run.folder / SLIMMING, _slimming_record(result))
+        loads = loads_with(run.folder / SLIM)
+        write_json(run.folder / SLIMMING, _slimming_record(result) | {"loads": loads, "uniform": evened})
         return result.model
 
     def export(self) -> nn.Module:
@@ -361,6 +367,18 @@ def _pruning_record(pruner: Pruner, metrics: dict[str, float]) -> dict[str, Any]
         "sparsity": _denominators(pruner.sparsity()),
         "digest": pruner.digest(),
     }
+
+
+def _evened(masked: nn.Module, result: SlimResult) -> tuple[SlimResult, dict[str, int]]:
+    """The slim model with its layers padded to the same widths, proved again."""
+    even, said = even_widths(result.model, type(result.model))
+    return replace(
+        result,
+        model=even,
+        widths={"layers": {}, "attributes": {}},
+        certificate=certify(masked, even, result.certificate.given),
+        parameters_after=sum(parameter.numel() for parameter in even.parameters()),
+    ), said
 
 
 def _slimming_record(result: SlimResult) -> dict[str, Any]:
