@@ -51,7 +51,7 @@ class PrunerMaker:
             length = {"total_steps": total, "steps_per_epoch": per_epoch}
             own = {"name": NEURAL_COMPRESSOR, "config": chosen.get("config"), "seed": self._config["seed"]}
             return get_pruner({**own, **length, **replaced}, model)
-        if not replaced.keys().isdisjoint(_fixed(chosen["name"])):
+        if any(key in _fixed(chosen["name"]) and not _names(chosen["name"], key) for key in replaced):
             chosen["name"] = "iterative"  # a control: the same settings but for what is replaced
         values = {key: self._config[key] for key in AXES if _takes(chosen["name"], key)} | chosen
         values |= {"seed": self._config["seed"]} | replaced
@@ -117,6 +117,11 @@ def _takes(name: str, key: str) -> bool:
     """Whether a pruner takes this part of the config, rather than having one of its own."""
     parameters = inspect.signature(pruners.get(name)).parameters.values()
     return key not in _fixed(name) and any(p.name == key or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _names(name: str, key: str) -> bool:
+    """Whether a pruner has an argument of this very name."""
+    return key in inspect.signature(pruners.get(name)).parameters
 
 
 def _fixed(name: str) -> Mapping[str, Any]:

@@ -145,6 +145,15 @@ class Pattern:
         """:meth:`layer_masks` of many sites; a pattern with a kernel for many layers overrides it."""
         return [self.layer_masks(*each) for each in zip(sites, keep, scores, masks, strict=True)]
 
+    def mask_view(self, site: Site) -> int | None:
+        """The view whose blocks are the units, so that ``sum_block w g`` is the gradient of a unit's mask.
+
+        Returns:
+            Its position in ``site.views``; None where no view has a block per unit (N:M).
+        """
+        (view, *others), (block, *_) = site.views, site.blocks
+        return 0 if not others and UnitGrid.of_blocks(view.shape, block) == site.grid else None
+
     def lasso_blocks(self, site: Site) -> tuple[Block, ...]:
         """``(n, m)`` per view of what a group lasso shrinks together: the blocks, unless a unit is larger."""
         return site.blocks

@@ -87,6 +87,10 @@ class HeadsPattern(Pattern):
         rows = keep.reshape(-1, 1)
         return [rows, rows.clone(), rows.clone(), keep]
 
+    def mask_view(self, site: Site) -> int:
+        """The output's: its columns read what a head gives, as a mask on the head does (arXiv:2204.09656)."""
+        return len(site.views) - 1
+
     def broken_units(self, site: Site, masks: Sequence[Tensor]) -> Tensor:
         """Heads of which a part is pruned and a part is not."""
         del site

@@ -197,6 +197,11 @@ class Pruner(SpecNames):
         }
 
     @property
+    def calibrating(self) -> bool:
+        """Whether optimizer steps only show gradients to the pruner and leave the weights alone."""
+        return False
+
+    @property
     def final_step(self) -> int:
         """The last step at which a mask can change."""
         return max(group.times.last for group in self._groups)
@@ -385,11 +390,14 @@ class Pruner(SpecNames):
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         self._skips_step = isinstance(found_inf, Tensor) and bool(found_inf)
         if not self._skips_step:
-            for group in self._groups:
-                group.follow_device()
-                if group.scores_due(self.step + 1):
-                    group.update_scores_(scale)
+            self._update_scores(scale)
         self.last_timing = {"score": time.perf_counter() - started, "mask": 0.0}
+
+    def _update_scores(self, gradient_scale: Tensor | None) -> None:
+        for group in self._groups:
+            group.follow_device()
+            if group.scores_due(self.step + 1):
+                group.update_scores_(gradient_scale)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
