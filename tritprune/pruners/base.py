@@ -369,7 +369,7 @@ class Pruner(SpecNames):
             self._tell(event)
         self._begun = True
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_step(self, optimizer: torch.optim.Optimizer | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Scores: from the weights before the update; where the step is given a closure, from the gradients it makes.
 
         Returns:
@@ -383,7 +383,7 @@ class Pruner(SpecNames):
         return arguments
 
     @torch.no_grad()
-    def _score(self, optimizer: torch.optim.Optimizer) -> None:
+    def _score(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Fold weights and gradients into the scores, only while a mask update is still to come."""
         started = time.perf_counter()
         # A fused optimizer is given the loss scale and decides on the device whether to skip: then both are read here.

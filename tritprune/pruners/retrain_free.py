@@ -196,9 +196,9 @@ class RetrainFreePruner(Pruner):
             calibration.load_state_dict(state["calibration"][name])
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer | None, *arguments: Any) -> None:
+    def _score(self, optimizer: torch.optim.Optimizer | None) -> None:
         calibrating = self.calibrating
-        super()._before_step(optimizer, *arguments)  # type: ignore[arg-type]
+        super()._score(optimizer)
         if calibrating and not self._skips_step:  # a weight without a gradient is left alone by every optimizer
             held = self.model.parameters() if optimizer is None else _parameters(optimizer)
             for parameter in held:
