@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from tritprune.errors import UnknownNameError
+from tritprune.patterns.attentions import RECIPES, find_attentions, head_count
 from tritprune.patterns.base import Block, Pattern, Reduce, Site, set_reduction
 from tritprune.patterns.block import BlockPattern
-from tritprune.patterns.heads import RECIPES, HeadsPattern, find_attentions, head_count
+from tritprune.patterns.heads import HeadsPattern
 from tritprune.patterns.n_in_m import NInMPattern
 from tritprune.patterns.views import Kind, WeightView, from_2d, kind_of, own_weight, to_2d, view_shape
 from tritprune.registry import Registry, did_you_mean
