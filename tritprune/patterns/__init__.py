@@ -41,16 +41,18 @@ register_pattern("n_in_m")(NInMPattern)
 register_pattern("heads")(HeadsPattern)
 
 
-def get_pattern(config: str | Mapping[str, Any] | Pattern) -> Pattern:
+def get_pattern(config: str | Mapping[str, Any] | Pattern, modules: object = None) -> Pattern:
     """The pattern that ``config`` names.
 
     Args:
         config: a name, a shorthand (``4x1``, ``2:4``), a mapping with ``name`` and arguments, or a pattern as it is.
+        modules: taken for callers that pass them, and not needed: a pattern is given layers when it cuts them.
 
     Raises:
         UnknownNameError: unknown name; the message lists names and shorthands.
         ConfigError: a size below 1, N:M without 0 < N < M, an unknown argument.
     """
+    del modules
     if isinstance(config, Pattern):
         return config
     if isinstance(config, str) and config not in patterns:
