@@ -6,7 +6,7 @@ A case makes its tensors anew on every call (in-place operations spoil them) and
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tritprune.kernels import reference
 from tritprune.kernels.reference import Block
+from tritprune.kernels.sampling import Sampling, use_sampling
 from tritprune.kernels.units import UnitGrid
 
 Arguments = dict[str, Any]
@@ -29,12 +30,14 @@ class Case:
         name: what is special about the case; unique within the operation.
         make: makes the keyword arguments on the CPU, from a generator seeded by the name.
         exact: whether every backend must give the same bits (scores of large units are summed in another order).
+        sampling: sizes under which it runs, so that a small input takes the paths of a large one; None: the usual ones.
     """
 
     op: str
     name: str
     make: Callable[[torch.Generator], Arguments]
     exact: bool = True
+    sampling: Sampling | None = None
 
     def arguments(self, device: torch.device | str = "cpu") -> Arguments:
         """Fresh keyword arguments on ``device``, with the strides and the alignment that the case asks for."""
@@ -44,7 +47,8 @@ class Case:
     def run(self, function: Callable[..., Any], device: torch.device | str = "cpu") -> list[Tensor]:
         """Call ``function`` on fresh arguments; everything that it returned or wrote, on the CPU."""
         arguments = self.arguments(device)
-        returned = function(**arguments)
+        with use_sampling(self.sampling):
+            returned = function(**arguments)
         if self.op == "accumulate_unit_scores_":
             results = [*arguments["scores"], arguments["skipped"]]
         elif self.op == "apply_masks_":
@@ -233,9 +237,38 @@ def _n_in_m(
 # --- thresholds
 
 
+SAMPLED = Sampling(least=1, units_per_sample=8, smallest=64, programs=4)
+"""A bracket for small inputs: what it takes in is a few percent."""
+
+
 def _kth_cases() -> Iterator[Case]:
     for name, make in _threshold_inputs():
         yield Case("kth_score", name, make)
+    even, flat = [UnitGrid.of_blocks((160, 48), (4, 1))], [UnitGrid.of_blocks((40, 48), (1, 1))]
+    several = [UnitGrid.of_blocks((9, 16), (1, 1)), *flat, UnitGrid.of_blocks((33, 40), (1, 1))]
+    mixed = [*flat, UnitGrid.of_blocks((71, 50), (4, 3)), UnitGrid(1, 12, 99, 64, 7, 7)]
+    for name, grids, share, values in (
+        ("the threshold is inside", even, 0.8, "positive"),
+        ("few of many go", several, 0.001, "positive"),
+        ("nearly all go", several, 0.999, "positive"),
+        ("mixed sizes", mixed, 0.5, "positive"),
+        ("mixed sizes of both signs", mixed, 0.9, "normal"),
+        ("ties", mixed, 0.65, "ties"),
+        ("all equal", even, 0.5, "zero"),
+        ("two values", several, 0.5, "two values"),
+        ("ascending", several, 0.3, "ascending"),
+        ("denormal", even, 0.6, "denormal"),
+        ("pruned and protected", mixed, 0.5, "infinities"),
+        ("just above the pruned", several, 0.302, "infinities"),
+        ("budget reaches the protected", several, 0.97, "infinities"),
+        ("candidates in one of many layers", [*even, *flat], 0.3, "layers apart"),
+    ):
+        yield Case("kth_score", f"sampled: {name}", _threshold_input(grids, share, values), sampling=SAMPLED)
+    for name, sampling in (
+        ("segments overflow", replace(SAMPLED, room=256)),
+        ("the bracket is too narrow", replace(SAMPLED, deviations=-1.2)),
+    ):
+        yield Case("kth_score", f"sampled: {name}", _threshold_input(several, 0.5), sampling=sampling)
 
 
 def _threshold_cases() -> Iterator[Case]:
@@ -377,6 +410,9 @@ def _values(generator: torch.Generator, shape: Shape, kind: str) -> Tensor:
         "positive": lambda: normal.abs(),
         "zero": lambda: torch.zeros(shape),
         "ties": lambda: (normal.abs() * 2).floor(),
+        "two values": lambda: (some < 0.5).float(),
+        "ascending": lambda: torch.arange(normal.numel()).view(shape).float(),
+        "layers apart": lambda: some + shape[0],
         "signed ties": lambda: (normal * 2).round(),
         "signed zeros": lambda: torch.where(some < 0.5, -0.0, 0.0),
         "denormal": lambda: normal * 1e-39,

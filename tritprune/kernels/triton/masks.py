@@ -69,7 +69,8 @@ def _ties_kernel(
 @triton.jit
 def _masks_kernel(
     ties_ptr,  # [tiles of all layers] int64
-    from_here_ptr,  # [tiles of all layers] int64: tied elements from this tile to the last
+    up_to_here_ptr,  # [tiles of all layers] int64: tied elements from the first tile to this one
+    total_ptr,  # [1] int64: tied elements of all tiles
     table_ptr,  # [T, FIELDS]: as above
     owners_ptr,  # [tiles]
     threshold_ptr,  # [] fp32
@@ -86,9 +87,10 @@ def _masks_kernel(
     score, unit, inside, tied = _tied_elements(row_ptr, tile, threshold, n_units, score_ptr, RAGGED, BLOCK)
     keep = score > threshold
     number = tl.load(row_ptr + 1) + tile
-    if tl.load(ties_ptr + number) > 0:
+    own = tl.load(ties_ptr + number)
+    if own > 0:
         before = tl.cumsum(tied, 0) - tied  # [BLOCK]
-        elements = tl.load(from_here_ptr + number) - before
+        elements = tl.load(total_ptr) - tl.load(up_to_here_ptr + number) + own - before
         keep = keep | ((tied > 0) & (elements > tl.load(remainder_ptr)))
     tl.store(mask_ptr + unit, keep.to(tl.int8), mask=inside)
 
@@ -175,9 +177,9 @@ def masks_from_threshold(
     ]
     for constants, (table, owners, programs) in launches:
         multi_tensor.launch(_ties_kernel, programs, ties, table, owners, threshold, **constants)
-    from_here = ties.flip(0).cumsum(0).flip(0)
+    up_to_here = ties.cumsum(0)
     for constants, (table, owners, programs) in launches:
-        arguments = (ties, from_here, table, owners, threshold, remainder)
+        arguments = (ties, up_to_here, up_to_here[-1:], table, owners, threshold, remainder)
         multi_tensor.launch(_masks_kernel, programs, *arguments, **constants)
     return masks
 
