@@ -1,35 +1,33 @@
-"""A process of its own: every launch that the launchers make, compiled for a GPU that need not be there.
+"""A process of its own: every launch that the launchers make, compiled for GPUs that need not be there, and measured.
 
-    python tests/kernels/compile_ahead.py sm_90 [--representative] [--probe spill|broken]
+    python tests/kernels/compile_ahead.py sm_90 sm_80:lean gfx942:lean     # every variant, or a covering choice of them
+    python tests/kernels/compile_ahead.py --probes sm_90 gfx942            # kernels that the gates must refuse
 
-The launchers run on every case with the one launching function replaced by a recorder, so that signatures come from
-real calls. Prints one JSON object: variant -> {"fault": null or what is wrong, and figures of the machine code}.
-On CUDA targets a variant must compile, use no stack and no local memory (no spills), as ``cuobjdump`` of the triton
-wheel reports, and load wide where it was promised aligned addresses; on HIP targets it must compile without spilled
-vector registers. ``--representative`` takes one variant of each kernel, alignment, type and orientation instead of
-every block, form and reduction too. ``--probe`` compiles a kernel that must be refused instead: a gate that cannot
-fail is none. Test helper, not a test module: it must not be interpreted.
+The launchers run on every case while a recorder stands in for the launch of a kernel, so that signatures, constants and
+options come from real calls. Prints one JSON object: target -> variant -> its figures, or ``{"error": ...}`` if it does
+not compile. gates.py runs this with each supported Triton and judges what it prints. Test helper, not a test module: it
+must not be interpreted.
 """
 
 import argparse
+import dataclasses
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+import machine_code
+import probes
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from tritprune.kernels import cases
 from tritprune.kernels import triton as kernels
-from tritprune.kernels.triton import multi_tensor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,140 +35,164 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
 
 
-@triton.jit
-def _spilling_kernel(out_ptr, in_ptr, n, SIZE: tl.constexpr):  # noqa: N803
-    """Far more live values than registers."""
-    at = tl.arange(0, SIZE)
-    kept = tl.load(in_ptr + at)
-    total = tl.zeros([SIZE], tl.float32)
-    for i in range(n):
-        total += tl.load(in_ptr + i * SIZE + at) * kept
-        kept += total
-    tl.store(out_ptr + at, total + kept)
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its types, constants and options, as a launcher asked for it."""
+
+    kernel: JITFunction
+    types: tuple[str, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    aligned: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """``module.kernel``."""
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
+
+    def measure(self, target: GPUTarget) -> dict[str, Any]:
+        """Compile, and read the figures off the machine code."""
+        signature = dict(zip(self.kernel.arg_names, self.types, strict=True))
+        attributes = {(place,): [["tt.divisibility", 16]] for place in self.aligned}
+        source = ASTSource(self.kernel, signature, self.constants, attributes)
+        return measured(source, target, self.options)
 
 
-@triton.jit
-def _broken_kernel(out_ptr, in_ptr, n, SIZE: tl.constexpr):  # noqa: N803
-    """Shapes that do not fit: the compiler must refuse it."""
-    tl.store(out_ptr + tl.arange(0, SIZE), tl.load(in_ptr + tl.arange(0, 2 * SIZE)) + n)
+def measured(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a source, or what the compiler had against it."""
+    try:
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+    threads = options.get("num_warps", 4) * target.warp_size
+    return dataclasses.asdict(machine_code.figures(compiled, threads))
 
 
 class Recorder:
-    """Stands in for ``multi_tensor.launch``; keeps one source per distinct kernel, signature and constants."""
+    """Stands in for ``JITFunction.run``: keeps each distinct variant, launches none."""
 
     def __init__(self) -> None:
-        self.variants: dict[str, ASTSource] = {}
+        self.variants: dict[str, Variant] = {}
 
-    def __call__(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        if programs == 0:
-            return
-        names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
-        expected = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        if len(names) != len(arguments) or expected != set(constants):
-            raise TypeError(f"{kernel.__name__}: {len(arguments)} arguments and {sorted(constants)}")
-        types = dict(zip(names, map(_type_of, arguments), strict=True))
-        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-        pointers = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"}
-        shown = ", ".join([*types.values(), *(f"{name}={value}" for name, value in constants.items())])
-        module = kernel.fn.__module__.rpartition(".")[2]
-        self.variants.setdefault(
-            f"{module}.{kernel.__name__}({shown})", ASTSource(kernel, signature, constants, pointers)
-        )
-
-
-def _type_of(argument: Any) -> str:
-    """Triton's name for the type of a launch argument; none of ours is a plain integer."""
-    if isinstance(argument, float):
-        return "fp32"
-    return {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32"}[argument.dtype]
+    def __call__(self, kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        del warmup
+        if callable(grid) or min(grid) < 1:
+            raise ValueError(f"{kernel.__name__}: grid {grid}")
+        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        given |= {name: keywords.pop(name) for name in list(keywords) if name in kernel.arg_names}
+        types, constants, aligned = [], {}, []
+        for place, parameter in enumerate(kernel.params):
+            value = given.get(parameter.name, parameter.default)
+            kind = "constexpr" if parameter.is_constexpr else _type_of(value)
+            types.append(kind)
+            if kind == "constexpr":
+                constants[parameter.name] = value
+            elif not parameter.do_not_specialize and _is_aligned(value):
+                aligned.append(place)
+        variant = Variant(kernel, tuple(types), constants, keywords, tuple(aligned))
+        self.variants.setdefault(repr((variant.name, types, constants, keywords, aligned)), variant)
 
 
-def recorded() -> dict[str, ASTSource]:
-    """The sources of every launch that any case makes."""
+def _type_of(value: Any) -> str:
+    """Triton's name for the type of a launch argument; an integer 1 is a constant, as at a real launch."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "constexpr" if value == 1 else "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32" if isinstance(value, float) else "constexpr"
+
+
+def _is_aligned(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0
+
+
+def recorded() -> dict[str, Variant]:
+    """Every launch that any case makes, by a name that says what is special about it."""
     recorder = Recorder()
-    launch = multi_tensor.launch
-    multi_tensor.launch = recorder
-    try:
+    with mock.patch.object(JITFunction, "run", lambda *args, **named: recorder(*args, **named)):
         for case in cases.all_cases():
             case.run(getattr(kernels, case.op))
-    finally:
-        multi_tensor.launch = launch
-    return recorder.variants
+    return {name: variant for variant in recorder.variants.values() for name in [_named(variant, recorder)]}
 
 
-def representatives(variants: dict[str, ASTSource]) -> dict[str, ASTSource]:
-    """One variant per kernel and constants other than those that only change how often something is repeated."""
-    chosen: dict[str, tuple[str, ASTSource]] = {}
-    for name, source in variants.items():
-        chosen.setdefault(re.sub(r"\b(N|M|FORM|REDUCE|HAS_STATE|PASS=[123])=?\w*", "", name), (name, source))
-    return dict(chosen.values())
+def _named(variant: Variant, recorder: Recorder) -> str:
+    """``module.kernel(CONSTANT=value, ...)``; types, alignment and options are named where they differ, too."""
+    family = [other for other in recorder.variants.values() if other.name == variant.name]
+    shown = [f"{name}={value}" for name, value in variant.constants.items()]
+    if len({other.types for other in family}) > 1:
+        shown.insert(0, " ".join(kind for kind in variant.types if kind != "constexpr"))
+    if len({other.aligned for other in family}) > 1:
+        shown.append(f"16 at {' '.join(map(str, variant.aligned))}")
+    for option in sorted({name for other in family for name in other.options}):
+        if len({repr(other.options.get(option)) for other in family}) > 1:
+            shown.append(f"{option}={variant.options.get(option)}")
+    return f"{variant.name}({', '.join(shown)})"
 
 
-def probes(name: str | None) -> Iterator[tuple[str, ASTSource]]:
-    """A kernel that the gate must refuse."""
-    if name:
-        kernel = {"spill": _spilling_kernel, "broken": _broken_kernel}[name]
-        signature = {"out_ptr": "*fp32", "in_ptr": "*fp32", "n": "i32", "SIZE": "constexpr"}
-        yield f"probe {name}", ASTSource(kernel, signature, {"SIZE": 16384})
+def lean(variants: dict[str, Variant]) -> dict[str, Variant]:
+    """Few variants in which each kernel meets each value of each constant that is not a size, aligned and not."""
+
+    def traits(variant: Variant) -> set[tuple[str, ...]]:
+        plain = {n: str(v) for n, v in variant.constants.items() if isinstance(v, bool) or not isinstance(v, int)}
+        return {(variant.name,), *((variant.name, name, value) for name, value in plain.items())}
+
+    missing = set().union(*map(traits, variants.values()))
+    chosen: dict[str, Variant] = {}
+    while missing:
+        name = max(variants, key=lambda name: len(traits(variants[name]) & missing))
+        chosen[name] = variants[name]
+        missing -= traits(variants[name])
+    return chosen
 
 
-def inspect(source: ASTSource, target: GPUTarget) -> dict[str, Any]:
-    """Compile, and read the figures off the machine code."""
-    try:
-        compiled = triton.compile(source, target=target, options=OPTIONS)
-    except Exception as error:
-        return {"fault": f"does not compile: {type(error).__name__}: {error}"}
-    figures = cuda_figures(compiled.asm["cubin"]) if target.backend == "cuda" else hip_figures(compiled.asm["amdgcn"])
+def probed(target: GPUTarget) -> dict[str, Any]:
+    """The figures of each gate's probe; on CUDA also the instructions of one as the disassembler counts them."""
+    options = {"num_warps": 4}
+    results = {gate: measured(probes.source(gate), target, options) for gate in probes.PROBES}
     if target.backend == "cuda":
-        figures["WIDE"] = len(re.findall(r"ld\.global\S*\.v[248]\.", compiled.asm["ptx"]))
-    spilled = {name: figures[name] for name in ("STACK", "LOCAL", "vgpr_spill_count") if figures.get(name)}
-    narrow = figures.get("WIDE") == 0 and source.constants.get(_place(source, "ALIGNED")) is True
-    narrow = narrow and source.constants.get(_place(source, "M"), 1) == 1
-    return {"fault": f"spills: {spilled}" if spilled else "no wide load" if narrow else None, **figures}
+        cubin = triton.compile(probes.source("per_byte"), target=target, options=options).asm["cubin"]
+        results["per_byte"]["disassembled"] = len(machine_code.disassembled(cubin))
+    return results
 
 
-def _place(source: ASTSource, name: str) -> tuple[int, ...]:
-    """Where ``ASTSource`` files a constant."""
-    return (source.fn.arg_names.index(name),) if name in source.fn.arg_names else ()
-
-
-def cuda_figures(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL in bytes and registers."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.is_file():
-        raise FileNotFoundError(f"{tool}: the triton wheel has no cuobjdump, so spills cannot be checked")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    figures = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", shown)}
-    if figures.keys() != {"REG", "STACK", "SHARED", "LOCAL"}:
-        raise ValueError(f"cuobjdump reported no resource usage:\n{shown}")
-    return figures
-
-
-def hip_figures(assembly: str) -> dict[str, int]:
-    """Registers used and spilled."""
-    figures = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
-    if figures.keys() != {"vgpr_count", "vgpr_spill_count"}:
-        raise ValueError("the assembly states no register usage")
-    return figures
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Compile what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="+", metavar="TARGET[:lean]")
+    parser.add_argument("--probes", action="store_true")
+    options = parser.parse_args(arguments)
+    if kernels.INTERPRETED:
+        sys.exit("unset TRITON_INTERPRET")
+    torch.set_num_threads(1)
+    variants = {} if options.probes else recorded()
+    results: dict[str, Any] = {}
+    for entry in options.targets:
+        name, _, scope = entry.partition(":")
+        target = TARGETS[name]
+        if options.probes:
+            results[name] = probed(target)
+        else:
+            chosen = lean(variants) if scope == "lean" else variants
+            results[name] = {variant: made.measure(target) for variant, made in chosen.items()}
+    json.dump(results, sys.stdout)
 
 
 if __name__ == "__main__":
-    if kernels.INTERPRETED:
-        sys.exit("unset TRITON_INTERPRET")
-    parser = argparse.ArgumentParser()
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--representative", action="store_true")
-    parser.add_argument("--probe", choices=("spill", "broken"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    sources = dict(probes(options.probe)) if options.probe else recorded()
-    sources = representatives(sources) if options.representative else sources
-    json.dump(
-        {name: inspect(source, TARGETS[options.target]) for name, source in sources.items()}, sys.stdout, indent=1
-    )
+    main()
