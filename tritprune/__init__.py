@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         register_pruner,
     )
     from tritprune.schedules import Schedule, get_schedule, register_schedule
-    from tritprune.slimming import slim, slim_model
+    from tritprune.slimming import slim, slim_model, slim_optimizer
     from tritprune.tasks import Task, get_task, register_task
 
 __version__ = "0.1.0"
@@ -69,6 +69,7 @@ __all__ = [
     "save",
     "slim",
     "slim_model",
+    "slim_optimizer",
     "use_backend",
 ]
 
@@ -93,7 +94,7 @@ _HOME = {
         "register_pruner",
     ),
     "schedules": ("Schedule", "get_schedule", "register_schedule"),
-    "slimming": ("slim", "slim_model"),
+    "slimming": ("slim", "slim_model", "slim_optimizer"),
     "tasks": ("Task", "get_task", "register_task"),
 }
 

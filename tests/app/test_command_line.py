@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,22 @@ def test_a_run_leaves_everything_that_the_readme_promises(smoke):
         assert (folder / name / "model.safetensors").exists()
     assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert not (folder / "checkpoint.pt").exists()
+
+
+def test_a_run_is_verified_in_a_fresh_process(smoke, tmp_path):
+    folder, _ = smoke
+    done = tritprune(tmp_path, f"verify={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "does not hold" not in done.stdout
+    assert "verified: all 8 checks hold" in done.stdout
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "slim" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    done = tritprune(tmp_path, f"verify={copy}")
+    assert done.returncode == 1
+    said = " ".join(done.stdout.split())
+    assert "not verified: 1 of 5 checks do not hold; first: " in said
+    assert "model.safetensors is damaged: its SHA-256" in said
 
 
 def test_a_run_tells_what_was_composed_and_what_came_out(smoke):

@@ -19,6 +19,7 @@ from rich.text import Text
 from tritprune.app.composition import PrunerMaker, composition, inline_files
 from tritprune.app.plan_view import plan_view
 from tritprune.app.signals import StopRequest, stop_signals
+from tritprune.app.verdict_view import verdict_view
 from tritprune.errors import CheckpointError, ConfigError, InterruptedRunError, RunFolderError, TritpruneError
 from tritprune.kernels import set_backend
 from tritprune.registry import did_you_mean
@@ -32,10 +33,11 @@ from tritprune.training.loop import Run, agree
 from tritprune.training.progress import Progress
 from tritprune.training.provenance import git_state
 from tritprune.training.settings import TrainingSettings
+from tritprune.training.verification import verify_run
 
 REFUSED, FAILED = 2, 1
 # A run's numbers do not depend on these, so that a resumed run may change them.
-BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins", "job", "plan")
+BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins", "job", "plan", "verify")
 
 
 def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console) -> int:
@@ -50,6 +52,8 @@ def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console)
         if config["plan"]:
             attempt.show_plan()
             return 0
+        if config["verify"]:
+            return attempt.verify()
         with stop_signals(stop, console):
             attempt.execute(stop)
         return 0
@@ -185,6 +189,15 @@ class Attempt:
         words = [word for word in shlex.split(self.command) if not word.startswith("plan=")]
         for part in plan_view(plan, shlex.join(words)):
             self.console.print(part)
+
+    def verify(self) -> int:
+        """Hold a finished run against its records and show a verdict on each; the exit status."""
+        for plugin in self.config["plugins"]:
+            _import_plugin(plugin)
+        folder = Path(str(self.config["verify"]))
+        findings = verify_run(folder, tuple(self.config["plugins"]))
+        self.console.print(verdict_view(folder, findings))
+        return 0 if all(finding.holds for finding in findings) else FAILED
 
     def close(self, status: str, error: str, trace: str = "") -> Path | None:
         """Leave a run that did not finish in a state that says so; where the traceback is."""

@@ -1,8 +1,9 @@
 """Slimming: cut what a mask left dead out of a model, and prove that the outputs stay the same."""
 
-from tritprune.slimming.certificate import Certificate, certify, check_saved
+from tritprune.slimming.certificate import Certificate, certify, check_saved, saved_inputs
 from tritprune.slimming.latency import Latency, measure, measure_together
 from tritprune.slimming.leftovers import Refusal
+from tritprune.slimming.optimizer_state import Carried, slim_optimizer
 from tritprune.slimming.searchers import (
     ClassifierHeadSearcher,
     JitBasicSearcher,
@@ -16,6 +17,7 @@ from tritprune.slimming.searchers import (
 from tritprune.slimming.slimmer import Cut, SlimResult, slim, slim_model
 
 __all__ = [
+    "Carried",
     "Certificate",
     "ClassifierHeadSearcher",
     "Cut",
@@ -33,6 +35,8 @@ __all__ = [
     "measure",
     "measure_together",
     "print_iterables",
+    "saved_inputs",
     "slim",
     "slim_model",
+    "slim_optimizer",
 ]

@@ -189,7 +189,7 @@ class Driver:
         if self.plan.uniform:
             result, evened = _evened(model, result)
         save_model(result.model, run.folder / SLIM, builder=task.builder(), widths=result.widths)
-        result.certificate.save(run.folder.path)
+        result.certificate.save(run.folder.path, files=[MASKS, *(f"{name}/manifest.json" for name in (PRUNED, SLIM))])
         loads = loads_with(run.folder / SLIM)
         write_json(run.folder / SLIMMING, _slimming_record(result) | {"loads": loads, "uniform": evened})
         return result.model
