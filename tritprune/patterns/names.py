@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-_HOLD_MODULE = (DataParallel, DistributedDataParallel, AveragedModel)
+_HOLD_MODULE: tuple[type[nn.Module], ...] = (DataParallel, DistributedDataParallel, AveragedModel)
 
 
 def plain_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
