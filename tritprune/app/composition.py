@@ -8,10 +8,9 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from tritprune.errors import ConfigError
 from tritprune.neural_compressor.reading import read
 from tritprune.pruners import Pruner, get_pruner, pruners
-from tritprune.schedules import resolve_step
+from tritprune.schedules import resolve_steps
 from tritprune.tasks import Task
 from tritprune.training.loop import Run
 from tritprune.training.settings import TrainingSettings
@@ -55,14 +54,7 @@ class PrunerMaker:
             chosen["name"] = "iterative"  # a control: the same settings but for what is replaced
         values = {key: self._config[key] for key in AXES if _takes(chosen["name"], key)} | chosen
         values |= {"seed": self._config["seed"]} | replaced
-        for settings in (values, *(dict(g) for g in values.get("groups") or ())):
-            for key in ("start_step", "end_step"):
-                if settings.get(key) is not None:
-                    settings[key] = resolve_step(settings[key], total_steps=total, steps_per_epoch=per_epoch)
-                    if settings[key] > total:
-                        raise ConfigError(
-                            f"pruner.{key}={settings[key]} is past the end of training, training.prune.steps={total}"
-                        )
+        values = resolve_steps(values, total_steps=total, steps_per_epoch=per_epoch, total_is="training.prune.steps")
         if replaced and values.get("groups"):
             values["groups"] = [{**group, **replaced} for group in values["groups"]]
         return get_pruner(values, model=model)

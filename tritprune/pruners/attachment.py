@@ -35,23 +35,42 @@ def release(pruner: object, views: Sequence[WeightView]) -> None:
 
 
 def torch_optimizer(optimizer: Any, views: Sequence[WeightView]) -> torch.optim.Optimizer:
-    """The optimizer whose steps count: the one inside a wrapper (accelerate's) that has no hooks of its own.
+    """The optimizer whose steps count: the one inside a wrapper, and of several the one that has the views' weights.
 
     Raises:
-        ConfigError: not an optimizer, or one that has none of the views' weights.
+        ConfigError: no optimizer has any of the weights, several have some of them, or something is no optimizer.
     """
+    several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    held = [(inner, _held(inner, views)) for inner in map(_inner, several)]
+    fitting = [(inner, names) for inner, names in held if names]
+    if not fitting:
+        have = "the optimizer has" if len(several) == 1 else f"the {len(several)} optimizers have"
+        raise ConfigError(
+            f"{have} none of the {len(views)} weights to prune; it may have been made from another copy of the model"
+        )
+    if len(fitting) > 1:
+        parts = "; ".join(f"{type(inner).__name__} has {len(names)}, first {names[0]}" for inner, names in fitting)
+        raise ConfigError(
+            f"the {len(views)} weights to prune are in {len(fitting)} optimizers ({parts}), whose steps differ; "
+            "make one pruner for each, with include"
+        )
+    return fitting[0][0]
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside a wrapper (accelerate's, Lightning's) that has no hooks of its own."""
     inner = optimizer
     while "_optimizer_step_pre_hooks" not in vars(inner) and hasattr(inner, "optimizer"):
         inner = inner.optimizer
     if not isinstance(inner, torch.optim.Optimizer):
         raise ConfigError(f"attach() needs a torch optimizer, got {type(optimizer).__name__}")
-    held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-    if not any(id(view.parameter) in held for view in views):
-        raise ConfigError(
-            f"the optimizer has none of the {len(views)} weights to prune; it may have been made from another copy "
-            "of the model"
-        )
     return inner
+
+
+def _held(optimizer: torch.optim.Optimizer, views: Sequence[WeightView]) -> list[str]:
+    """The names of the views whose weights an optimizer has."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [view.name for view in views if id(view.parameter) in held]
 
 
 def after_closure(

@@ -213,8 +213,16 @@ class Pruner(SpecNames):
             return self._groups[0].target_at(step)
         return sum(group.target_at(step) * group.elements for group in self._groups) / elements
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> "Pruner":
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer's steps are being followed."""
+        return self._optimizer is not None
+
+    def attach(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> "Pruner":
         """Go to work at every step of ``optimizer``; a prune step at step 0 happens now.
+
+        Args:
+            optimizer: torch's, one in a wrapper, or several, of which one has the weights to prune.
 
         Raises:
             ConfigError: attached already, the optimizer has none of the pruned weights, or another pruner is at work on
