@@ -419,6 +419,9 @@ class Pruner(SpecNames):
         due = [group for group in self._groups if group.times.due(self.step)]
         if due:
             self._report_watches()
+        for group in due:
+            if group.settings.regrow:  # what comes back starts from zero, not from what the optimizer made of it
+                group.apply_()
         event = self._update_masks(due) if due else None
         self._apply(optimizer)
         self.last_timing["mask"] = time.perf_counter() - started
