@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         register_pruner,
     )
     from tritprune.schedules import Schedule, get_schedule, register_schedule
-    from tritprune.slimming import slim, slim_model, slim_optimizer
+    from tritprune.slimming import model_slim, parse_auto_slim_config, slim, slim_model, slim_optimizer
     from tritprune.tasks import Task, get_task, register_task
 
 __version__ = "0.1.0"
@@ -61,6 +61,8 @@ __all__ = [
     "get_task",
     "load",
     "loads_with",
+    "model_slim",
+    "parse_auto_slim_config",
     "register_criterion",
     "register_pattern",
     "register_pruner",
@@ -94,7 +96,7 @@ _HOME = {
         "register_pruner",
     ),
     "schedules": ("Schedule", "get_schedule", "register_schedule"),
-    "slimming": ("slim", "slim_model", "slim_optimizer"),
+    "slimming": ("model_slim", "parse_auto_slim_config", "slim", "slim_model", "slim_optimizer"),
     "tasks": ("Task", "get_task", "register_task"),
 }
 

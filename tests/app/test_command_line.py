@@ -162,6 +162,10 @@ def test_the_golden_curve(smoke):
 
 
 MISTAKES = [
+    ([*SMOKE, "slimmer=auto", "pruner.groups=[{name: a}]"], ["slimmer=auto derives the groups from the graph"]),
+    ([*SMOKE, "slimmer=auto", "slimmer.auto.mha_sparsity=1"], ["mha_sparsity is a share in [0, 1), got 1"]),
+    ([*SMOKE, "slimmer.uniform=true"], ["slimmer.uniform=true is for models of transformers"]),
+    (["verify=nowhere"], ["verify=nowhere: no run is there"]),
     (["experiment=bert_4x2"], ["bert_4x1", "bert_slim"]),
     ([*SMOKE, "criterion=snipp"], ["snip", "magnitude"]),
     ([*SMOKE, "criterion.name=snipp"], ["unknown criterion 'snipp'", "did you mean 'snip'"]),

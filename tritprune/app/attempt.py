@@ -112,8 +112,9 @@ class Attempt:
         _one_of("slimmer.tracer", config["slimmer"]["tracer"], (None, *TRACERS))
         task = get_task(config["task"])
         tracker = get_tracker(config["tracker"])
+        make_pruner = PrunerMaker(config, settings, task)
         plan = Plan(
-            make_pruner=PrunerMaker(config, settings, task),
+            make_pruner=make_pruner,
             config=config,
             cache=Path(config["cache_dir"]),
             control=config["control"],
@@ -157,7 +158,7 @@ class Attempt:
             accelerator=accelerator,
             stop_requested=lambda: stop.reason,
         )
-        progress.say(composition(config, run, pruner))
+        progress.say(composition(config, run, pruner, make_pruner.auto))
         self._driver = Driver(run, plan)
         self._tracker = tracker
         if accelerator.is_main_process:

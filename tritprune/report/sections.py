@@ -28,11 +28,13 @@ from tritprune.report.words import (
     difference,
     digits,
     latency,
+    pace,
     percent,
     sampling_note,
     share,
     size_on_disk,
     sparsity,
+    speed,
     three,
 )
 
@@ -73,7 +75,7 @@ def results(result: Result) -> Html | None:
             _zeros_cell(row),
             tag("td", count(row.get("parameters")), tag("small", _fewer(result, row))),
             tag("td", size_on_disk(row.get("bytes"))),
-            *(_latency_cell(row, batch) for batch in sizes),
+            *(_latency_cell(row, batch, pace(speed(result, batch)) if row is final else "") for batch in sizes),
         ]
         body.append(tag("tr", *cells, class_="chosen" if row is final else None))
     return join((tag("h2", "Results"), table(heads, body), tag("p", _results_note(result), class_="note")))
@@ -115,11 +117,12 @@ def _fewer(result: Result, row: Mapping[str, Any]) -> str:
     return f"{percent(1 - after / before)} fewer" if before and after is not None and after < before else ""
 
 
-def _latency_cell(row: Mapping[str, Any], batch: str) -> Html:
+def _latency_cell(row: Mapping[str, Any], batch: str, verdict: str) -> Html:
     found = latency(row, batch)
     if found is None:
         return tag("td", MISSING)
-    return tag("td", three(found[0]), tag("small", f"{three(found[1])} to {three(found[2])}"))
+    spread = tag("small", f"{three(found[1])} to {three(found[2])}")
+    return tag("td", three(found[0]), spread, tag("small", verdict) if verdict else None)
 
 
 def curves_section(result: Result, curves: Curves) -> Html | None:

@@ -1,5 +1,6 @@
 """Slimming: cut what a mask left dead out of a model, and prove that the outputs stay the same."""
 
+from tritprune.slimming.auto_slim import AutoSlimConfig, model_slim, parse_auto_slim_config
 from tritprune.slimming.certificate import Certificate, certify, check_saved, saved_inputs
 from tritprune.slimming.latency import Latency, measure, measure_together
 from tritprune.slimming.leftovers import Refusal
@@ -17,6 +18,7 @@ from tritprune.slimming.searchers import (
 from tritprune.slimming.slimmer import Cut, SlimResult, slim, slim_model
 
 __all__ = [
+    "AutoSlimConfig",
     "Carried",
     "Certificate",
     "ClassifierHeadSearcher",
@@ -34,6 +36,8 @@ __all__ = [
     "get_common_module",
     "measure",
     "measure_together",
+    "model_slim",
+    "parse_auto_slim_config",
     "print_iterables",
     "saved_inputs",
     "slim",
