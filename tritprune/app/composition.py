@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from tritprune.errors import ConfigError
 from tritprune.neural_compressor.reading import read
 from tritprune.pruners import Pruner, get_pruner, pruners
 from tritprune.registry import check_arguments
