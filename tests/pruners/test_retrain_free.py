@@ -183,6 +183,64 @@ def test_the_rearranged_model_is_not_worse_by_its_fisher_blocks_and_each_layer_k
     assert plain.digest() != better.digest()
 
 
+def captured(model, name, batch):
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    model.eval()(batch[0])
+    handle.remove()
+    return seen[0]
+
+
+def test_tuning_is_the_least_squares_fit_of_what_is_left():
+    """Against torch.linalg.lstsq on the design matrix written out, with its damping as rows of their own."""
+    model, dense, data = block(2), block(2), list(batches(6))
+    pruner = RetrainFreePruner(model, include=["down"], target_sparsity=0.45)
+    pruner.calibrate(data, loss, tune=True)
+    kept = pruner.masks["down"].element_mask().any(0)
+    assert int(kept.sum()) == 5
+    design, wanted = [], []
+    for batch in data:
+        read, made = captured(dense, "down", batch)  # the first pruned layer: the pruned model reads the same
+        design.append(torch.einsum("bsc,oc->bsoc", read, dense.down.weight[:, :]).flatten(0, 2)[:, kept])
+        wanted.append((made - dense.down.bias).flatten())
+    design, wanted = torch.cat(design).double().detach(), torch.cat(wanted).double().detach()
+    damping = 1e-3 * design.square().sum(0).mean()
+    rows = damping.sqrt() * torch.eye(5, dtype=torch.float64)
+    fit = torch.linalg.lstsq(torch.cat([design, rows]), torch.cat([wanted, rows.sum(0)])).solution
+    expected = dense.down.weight.detach()[:, kept] * fit.float()
+    torch.testing.assert_close(model.down.weight.detach()[:, kept], expected, rtol=1e-4, atol=1e-6)
+    assert not model.down.weight[:, ~kept].any()
+    before, after = pruner.tuning_errors["down"]
+    errors = [(design @ m - wanted).square().sum() / wanted.square().sum() for m in (torch.ones_like(fit), fit)]
+    assert (before, after) == pytest.approx(tuple(map(float, errors)))
+    assert after < before
+    pruner.verify()
+
+
+def test_layers_are_tuned_in_the_order_in_which_they_run_and_none_gets_worse():
+    model, twin = block(2), block(2)
+    tuned, plain = RetrainFreePruner(model, groups=GROUPS[::-1]), RetrainFreePruner(twin, groups=GROUPS[::-1])
+    tuned.calibrate(batches(8), loss, tune=True)
+    plain.calibrate(batches(8), loss)
+    assert list(tuned.tuning_errors) == ["down", "output"]
+    assert all(after <= before for before, after in tuned.tuning_errors.values())
+    assert tuned.digest() == plain.digest()
+    assert plain.tuning_errors == {}
+    heads = model.output.weight.detach() / twin.output.weight.detach().where(twin.output.weight != 0, 1)
+    assert torch.allclose(heads.view(8, 4, 2), heads.view(8, 4, 2)[:1, :, :1], atol=1e-6)  # one factor a head
+    assert torch.equal(model.query.weight, twin.query.weight)
+    with torch.no_grad():
+        dense, data = block(2).eval(), list(batches(8))
+        errors = [sum(float((net.eval()(x) - dense(x)).square().sum()) for x, _ in data) for net in (model, twin)]
+    assert errors[0] < errors[1]
+
+
+def test_rows_cannot_be_tuned():
+    pruner = RetrainFreePruner(block(), include=["down"], pattern="1xchannel")
+    with pytest.raises(ConfigError, match=r"down has units of pattern 1xchannel \(1x9 of a linear\); use channelx1"):
+        pruner.calibrate(batches(), loss, tune=True)
+
+
 def test_a_calibration_that_is_stopped_goes_on():
     digests = []
     for stop in (5, 2):

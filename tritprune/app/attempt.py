@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tritprune.app.composition import PrunerMaker, composition, inline_files
+from tritprune.app.foresight import foresee
 from tritprune.app.plan_view import plan_view
 from tritprune.app.signals import StopRequest, stop_signals
 from tritprune.app.verdict_view import verdict_view
@@ -182,13 +183,15 @@ class Attempt:
         settings = TrainingSettings.from_config(config["training"])
         task = get_task(config["task"])
         init_from = Path(config["init_from"]) if config["init_from"] else None
-        pruner = PrunerMaker(config, settings, task)(starting_model(task, config["seed"], init_from))
-        plan = pruner.plan()
+        model = starting_model(task, config["seed"], init_from)
+        plan = PrunerMaker(config, settings, task)(model).plan()
+        foresights = foresee(model, plan, task.placeholder_inputs()) if config["slimmer"]["tracer"] else []
         if config["plan"] == "json":
-            self.console.print_json(json.dumps(asdict(plan)))
+            self.console.print_json(json.dumps({**asdict(plan), "slimmer": [asdict(one) for one in foresights]}))
             return
         words = [word for word in shlex.split(self.command) if not word.startswith("plan=")]
-        for part in plan_view(plan, shlex.join(words)):
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        for part in plan_view(plan, foresights, parameters, shlex.join(words)):
             self.console.print(part)
 
     def verify(self) -> int:

@@ -31,6 +31,10 @@ class Calibration:
         self._rows: list[list[Tensor]] = [[] for _ in group.sites]
         self._seen: set[str] = set()
 
+    def mask_view(self, site: int) -> int:
+        """The position of the view that a site's mask is on."""
+        return self._views[site]
+
     def observe(self, scale: Tensor | None) -> None:
         """Keep the mask gradients of the gradients that the weights have now; a layer without one has zeros."""
         group = self._group

@@ -6,11 +6,13 @@
     1. mask gradients   g_b = dL/dm of every unit and batch, at m = 1: the sum of w g over the unit, signs included
     2. mask search      the units with the smallest sum_b g_b^2 go, within budget, scope, floors and caps
     3. rearrangement    in every layer units are exchanged while the layer's whole Fisher block says that it pays
+    4. tuning           with tune=True what is left is scaled by least squares, layer by layer
 
-Kwon et al. 2022, arXiv:2204.09656, sections 4.1 and 4.2. Their third stage, which scales what is left by least squares
-(section 4.3), is not part of it.
+Kwon et al. 2022, arXiv:2204.09656, section 4. Their tuning fits a layer together with the residual stream around it;
+here each output linear is fitted to its own dense outputs, so that no layer's surroundings have to be known.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -24,6 +26,7 @@ from tritprune.patterns import Pattern
 from tritprune.pruners.base import Pruner, register_pruner
 from tritprune.pruners.calibration import Calibration
 from tritprune.pruners.group import LayerGroup
+from tritprune.pruners.mask_tuning import Columns, columns_of, tune_
 from tritprune.pruners.reports import PruneEvent
 from tritprune.pruners.settings import check_groups
 from tritprune.pruners.update import Read, Update, put_in_force, read
@@ -129,6 +132,8 @@ class RetrainFreePruner(Pruner):
         self.rearranges = rearrange
         self.fisher_losses: dict[str, tuple[float, float]] = {}
         """By layer or attention: the loss that its Fisher block gives the searched mask, and the rearranged one."""
+        self.tuning_errors: dict[str, tuple[float, float]] = {}
+        """By tuned layer: the squared error of its outputs over their squared norm, before and after tuning."""
         self._calibrations = {group.name: Calibration(group) for group in self._groups}
 
     @property
@@ -144,7 +149,9 @@ class RetrainFreePruner(Pruner):
             found |= calibration.diagonals()
         return found
 
-    def calibrate(self, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]) -> PruneEvent:
+    def calibrate(
+        self, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor], *, tune: bool = False
+    ) -> PruneEvent:
         """Choose the masks from these batches and put them in force. Weights change only where they become zero.
 
         The model runs in evaluation mode (no dropout), and is afterwards in the mode in which it was. Gradients that
@@ -153,16 +160,22 @@ class RetrainFreePruner(Pruner):
         Args:
             batches: whatever ``loss_fn`` takes; a few dozens of them.
             loss_fn: ``(model, batch)`` -> the scalar loss.
+            tune: afterwards scale the columns that stay, so that every layer's outputs come near the dense ones on
+                these batches; :attr:`tuning_errors` says how near. Takes a copy of the model and two forward passes
+                per layer and batch, with ``loss_fn``.
 
         Returns:
             The event of the mask update.
 
         Raises:
-            ConfigError: no batch, or masks have been chosen already.
+            ConfigError: no batch, masks have been chosen already, or units that cannot be tuned.
             NonFiniteScoreError: a mask gradient is NaN or infinite; no mask is put in force.
         """
         if not self.calibrating:
             raise ConfigError("the masks are chosen already; make a new pruner to calibrate again")
+        if tune:
+            self._columns()  # refused before time is spent
+            batches = list(batches)
         done = 0
         with _evaluating(self.model):
             for batch in batches:
@@ -176,11 +189,22 @@ class RetrainFreePruner(Pruner):
         if not done:
             raise ConfigError("calibrate() was given no batch")
         self.step = max(self.step + done, self.final_step)
+        dense = copy.deepcopy(self.model) if tune else None
         with torch.no_grad():
             event = self._update_masks(list(self._groups))
             self._apply()
+        if dense is not None:
+            with _evaluating(self.model), _evaluating(dense):
+                self.tuning_errors = tune_(self.model, dense, self._columns(), list(batches), loss_fn)
         self._tell(event)
         return event
+
+    def _columns(self) -> list[Columns]:
+        return [
+            columns_of(site, self._calibrations[group.name].mask_view(number), keep, group.pattern.label)
+            for group in self._groups
+            for number, (site, keep) in enumerate(zip(group.sites, group.kept_units(), strict=True))
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`Pruner.state_dict`, and the mask gradients of the batches so far."""
