@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tritprune.errors import CertificateError, CheckpointError, RunFolderError
@@ -83,6 +81,9 @@ class Certificate:
         Raises:
             RunFolderError: the folder cannot be written.
         """
+        from safetensors import SafetensorError  # here: slimming itself needs no more than torch
+        from safetensors.torch import save_file
+
         folder = Path(folder)
         tensors = {f"{i}/in/{name}": t for i, given in enumerate(self.given) for name, t in given.tensors().items()}
         tensors |= {f"{i}/out/{name}": t for i, made in enumerate(self.outputs) for name, t in made.items()}
@@ -158,6 +159,9 @@ def check_saved(model: nn.Module, folder: str | Path) -> bool:
 
 
 def _load(folder: Path) -> list[tuple[ModelInputs, dict[str, Tensor]]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
