@@ -1,13 +1,22 @@
 """Measure the kernels against the bytes that they must move, and against their rivals. Called by scripts/bench."""
 
 import argparse
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
-from clock import copy_bandwidth, count, measure
-from problems import SETS, Problems
-from show import Row, machine, plot, save, table
+from clock import Counts, copy_bandwidth, count, forced_backend, in_a_graph, measure, product_rate
+from problems import SETS, Problem, Problems
+from show import Row, bar, machine, plot, save, table
+from steps import Steps
+
+from tritprune import kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,43 +25,44 @@ def main() -> int:
     """Parse, check, measure, show, save."""
     options = _parser().parse_args()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.threads:
+        torch.set_num_threads(options.threads)
     shapes = SETS[options.set or ("bert" if device.type == "cuda" else "minilm")]
-    problems = Problems(
-        shapes,
-        device,
-        dtype=DTYPES[options.dtype],
-        peers=options.what != "kernels",
-        compiled=not options.no_compile,
-    )
-    size = f"{len(shapes)} layers, {problems.elements / 1e6:,.1f}M weights"
-    title = f"{options.what}: {size}, {options.dtype}, on {device.type}"
+    elements = sum(rows * cols for rows, cols in shapes)
+    title = f"{options.what}: {len(shapes)} layers, {elements / 1e6:,.1f}M weights, {options.dtype}, on {device.type}"
     if options.what == "counts":
-        return _counts(problems, title, options.only)
+        return _counts(Steps(shapes, device), title, options)
+    if options.what == "steps":
+        problems = Steps(shapes, device)
+        if problems.theirs is None:
+            _say(
+                "Neural Compressor is not installed here; experiments/2026-11_kernels/run.sh makes a place where it is"
+            )
+    else:
+        problems = Problems(
+            shapes,
+            device,
+            dtype=DTYPES[options.dtype],
+            peers=options.what == "peers",
+            compiled=not options.no_compile,
+        )
     about = machine(device)
     _say(f"{title}\nmeasuring the copy bandwidth")
     bandwidth = copy_bandwidth(device)
+    if device.type == "cuda":
+        about["product_flops"] = product_rate(device)
     rows: list[Row] = []
-    for problem in problems.all(options.only):
-        problem.check()
-        own = next(iter(problem.contenders))
-        contenders = {own: problem.contenders[own], f"{own} again": problem.contenders[own], **problem.contenders}
-        done = 0
-
-        def tick(name: str = problem.name, rounds: int = options.repeats) -> None:
-            nonlocal done
-            done += 1
-            _say(f"\r  {name:<26} {done:>3} of {rounds} rounds", end="")
-
-        times = measure(contenders, device, repeats=options.repeats, seconds=options.seconds, tick=tick)
-        _say(f"\r  {problem.name:<26} ours {times[own].median:.3g} ms" + " " * 12)
-        floor = 1e3 * problem.floor / bandwidth
-        rows += [
-            Row(problem.name, name, value, floor, problem.agreement.get(name, "")) for name, value in times.items()
-        ]
+    with _called_ops() as called:
+        for problem in problems.all(options.only):
+            problem.check()
+            rows += _measured(problem, device, bandwidth, options)
     if not rows:
         _say(f"nothing is called {options.only}; names: {', '.join(p.name for p in problems.all())}")
         return 2
     print(table(rows, bandwidth, about, title))
+    missing = sorted({op.name for op in vars(kernels).values() if isinstance(op, kernels.Op)} - called)
+    if missing and options.what != "steps" and not options.only:
+        print(f"\nnot measured: {', '.join(missing)}")
     folder = Path(options.out)
     stem = f"{options.what}_{device.type}_{options.dtype}"
     save(rows, bandwidth, about, folder / f"{stem}.jsonl")
@@ -64,26 +74,76 @@ def main() -> int:
     return 0
 
 
-def _counts(problems: Problems, title: str, only: list[str]) -> int:
-    """What one run of every contender dispatches, reads back and allocates."""
-    print(f"{title}\n{'':<24}{'':<27}{'ops':>8}{'host reads':>12}{'launches':>10}{'allocated MB':>14}")
-    for problem in problems.all(only):
-        for number, (name, run) in enumerate(problem.contenders.items()):
-            if name == "compile":
-                continue
-            run()
-            counts = count(run)
+def _measured(problem: Problem, device: torch.device, bandwidth: float, options: argparse.Namespace) -> list[Row]:
+    """One row a contender; the first one runs under two names."""
+    own = next(iter(problem.contenders))
+    contenders = {own: problem.contenders[own], f"{own} again": problem.contenders[own], **problem.contenders}
+    if device.type == "cuda":
+        graph = in_a_graph(problem.contenders[own])
+        contenders |= {f"{own}, in a graph": graph} if graph else {}
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        _say(bar(problem.name, done, options.repeats), end="")
+
+    times = measure(contenders, device, repeats=options.repeats, seconds=options.seconds, tick=tick)
+    _say(f"\r  {problem.name:<26} ours {times[own].median:.3g} ms" + " " * 40)
+    floor = 1e3 * problem.floor / bandwidth
+    return [
+        Row(problem.name, name, value, floor, problem.floor, problem.agreement.get(name, ""))
+        for name, value in times.items()
+    ]
+
+
+def _counts(steps: Steps, title: str, options: argparse.Namespace) -> int:
+    """What a plain step and a mask update dispatch, read back, launch and allocate; a table and JSON lines."""
+    print(f"{title}\n{'':<16}{'':<36}{'ops':>8}{'host reads':>12}{'launches':>10}{'allocated MB':>14}")
+    entries: list[dict[str, Any]] = []
+    for problem in steps.all(options.only):
+        found: dict[str, Counts] = {}
+        for name, run in problem.contenders.items():
+            if not found:
+                run()  # theirs has run before
+            found[name] = count(run)
+        if steps.device.type == "cpu":  # what a GPU would be given, counted where there is none
+            with forced_backend("triton"):
+                count(problem.contenders["tritprune"], stub=True)
+                found["tritprune on a GPU, not run"] = count(problem.contenders["tritprune"], stub=True)
+        for number, (name, counts) in enumerate(found.items()):
             print(
-                f"{'' if number else problem.name:<24}{name:<27}{counts.ops:>8,}{counts.host_reads:>12,}"
+                f"{'' if number else problem.name:<16}{name:<36}{counts.ops:>8,}{counts.host_reads:>12,}"
                 f"{counts.launches:>10,}{counts.allocated / 1e6:>14,.1f}"
             )
+            entries.append({"problem": problem.name, "contender": name, **asdict(counts), **machine(steps.device)})
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (folder / f"counts_{steps.device.type}.jsonl").write_text(lines, encoding="utf-8")
     return 0
+
+
+@contextmanager
+def _called_ops() -> Iterator[set[str]]:
+    """Names of the operations that were dispatched inside."""
+    names: set[str] = set()
+    call = kernels.Op.__call__
+
+    def named(op: Any, *arguments: Any, **keywords: Any) -> Any:
+        names.add(op.name)
+        return call(op, *arguments, **keywords)
+
+    with mock.patch.object(kernels.Op, "__call__", named):
+        yield names
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument(
-        "what", choices=("kernels", "peers", "counts"), help="ours alone; beside rivals; operations instead of time"
+        "what",
+        choices=("kernels", "peers", "steps", "counts"),
+        help="our operations alone; beside rivals; whole steps beside Neural Compressor; their operations, not time",
     )
     parser.add_argument("--set", choices=SETS, help="layer shapes; default bert on a GPU, minilm on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -91,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="problems whose name holds one of these")
     parser.add_argument("--repeats", type=int, default=50, help="rounds a problem")
     parser.add_argument("--seconds", type=float, default=20.0, help="most time a problem may take")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: as many as torch takes")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it needs a C++ compiler)")
     parser.add_argument("--out", default="outputs/bench", help="folder for JSON lines and plot")
     return parser

@@ -179,6 +179,9 @@ class Problems:
             }.items():
                 contenders[name] = lambda rival=rival: rival(scores)
                 agreement[name] = _difference(rival(scores), expected)
+            if self.device.type == "cuda":
+                halves = [score.bfloat16() for score in scores]
+                contenders["torch tile, bf16, both ways"] = lambda: rivals.two_in_four_tile(halves)
         return Problem("2:4 masks", 5 * self.elements, contenders, check, agreement)
 
     def _threshold(self) -> Problem:

@@ -84,6 +84,11 @@ def two_in_four_asp(scores: Sequence[Tensor]) -> list[Tensor]:
     return masks
 
 
+def two_in_four_tile(scores: Sequence[Tensor]) -> list[Tensor]:
+    """The semi-structured tile kernel of torch, CUDA only: 2:4 along rows and columns of 4x4 tiles (another mask)."""
+    return [torch._sparse_semi_structured_tile(score)[0] for score in scores]
+
+
 def two_in_four_topk(scores: Sequence[Tensor]) -> list[Tensor]:
     """``topk`` of two in each group and a scatter."""
     masks: list[Tensor] = []

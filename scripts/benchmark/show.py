@@ -23,6 +23,7 @@ class Row:
         contender: who did it.
         times: milliseconds.
         floor_ms: the bytes of the job over the measured copy bandwidth.
+        bytes: what the job must move.
         note: how a rival's result compares.
     """
 
@@ -30,6 +31,7 @@ class Row:
     contender: str
     times: Times
     floor_ms: float
+    bytes: int
     note: str = ""
 
 
@@ -47,6 +49,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     else:
         name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     return {"device": name, "versions": versions, "date": date.today().isoformat(), "load": os.getloadavg()[0]}
+
+
+def bar(label: str, done: int, total: int, width: int = 30) -> str:
+    """One line that overwrites itself."""
+    filled = round(width * done / max(total, 1))
+    return f"\r  {label:<26} {'█' * filled}{'·' * (width - filled)} {done:>3} of {total}"
 
 
 def table(rows: Sequence[Row], bandwidth: float, about: dict[str, Any], title: str) -> str:

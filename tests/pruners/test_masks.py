@@ -100,7 +100,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         Path(filename).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("tritprune.pruners.masks.save_file", broken)
+    monkeypatch.setattr("safetensors.torch.save_file", broken)
     with pytest.raises(RunFolderError, match="No space left"):
         sample().save(path)
     assert path.read_bytes() == before

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tritprune.errors import CheckpointError, MaskMismatchError, RunFolderError
@@ -125,6 +123,9 @@ class MaskSet(Mapping[str, LayerMask]):
         Raises:
             RunFolderError: the folder cannot be written.
         """
+        from safetensors import SafetensorError  # here: pruning itself needs no more than torch
+        from safetensors.torch import save_file
+
         path = Path(path)
         described = {name: layer.describe() for name, layer in self.items()}
         # One key only: safetensors does not keep an order of several, and equal masks shall give equal files.
@@ -147,6 +148,8 @@ class MaskSet(Mapping[str, LayerMask]):
         Raises:
             CheckpointError: the file is missing, damaged or something else.
         """
+        from safetensors import SafetensorError, safe_open
+
         path = Path(path)
         if not path.is_file():
             raise CheckpointError(f"there are no masks at {path}")

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tritprune.errors import CertificateError, CheckpointError, RunFolderError
@@ -92,6 +90,9 @@ class Certificate:
         Raises:
             RunFolderError: the folder cannot be written, or a file cannot be read.
         """
+        from safetensors import SafetensorError  # here: slimming itself needs no more than torch
+        from safetensors.torch import save_file
+
         folder = Path(folder)
         tensors = {f"{i}/in/{name}": t for i, given in enumerate(self.given) for name, t in given.tensors().items()}
         tensors |= {f"{i}/out/{name}": t for i, made in enumerate(self.outputs) for name, t in made.items()}
@@ -177,6 +178,9 @@ def saved_inputs(folder: str | Path) -> list[ModelInputs]:
 
 
 def _load(folder: Path) -> list[tuple[ModelInputs, dict[str, Tensor]]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
