@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tritprune.criteria import Criterion, get_criterion, register_criterion
-    from tritprune.export import loads_with, save
+    from tritprune.export import export_onnx, export_program, loads_with, save
     from tritprune.kernels import use_backend
     from tritprune.neural_compressor import from_neural_compressor
     from tritprune.patterns import Pattern, get_pattern, register_pattern
@@ -53,6 +53,8 @@ __all__ = [
     "SnipPruner",
     "Task",
     "__version__",
+    "export_onnx",
+    "export_program",
     "from_neural_compressor",
     "get_criterion",
     "get_pattern",
@@ -77,7 +79,7 @@ __all__ = [
 
 _HOME = {
     "criteria": ("Criterion", "get_criterion", "register_criterion"),
-    "export": ("loads_with", "save"),
+    "export": ("export_onnx", "export_program", "loads_with", "save"),
     "kernels": ("use_backend",),
     "neural_compressor": ("from_neural_compressor",),
     "patterns": ("Pattern", "get_pattern", "register_pattern"),

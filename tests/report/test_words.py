@@ -94,6 +94,17 @@ def test_the_page_has_a_verdict_for_each_batch_size(
     assert (f"{kind}: " in text) == (kind in ("slower here", "no faster here"))
 
 
+def test_exported_files_are_shown_with_their_difference(result: dict[str, Any]) -> None:
+    result["exports"] = [
+        {"kind": "onnx", "path": "slim.onnx", "bytes": 74e6, "max_abs_difference": 9.54e-7, "inputs": 4},
+        {"kind": "torch_export", "path": "slim.pt2", "bytes": 74e6, "max_abs_difference": 0.0, "inputs": 4},
+    ]
+    text = page(result, Curves(), Path("run"))
+    assert "onnx: slim.onnx (74.0 MB, differs by at most 9.5e-07 on 4 inputs)" in text
+    assert "torch_export: slim.pt2 (74.0 MB, same outputs on 4 inputs)" in text
+    assert words.agreement({}) == "not compared"
+
+
 def test_no_verdict_without_times(result: dict[str, Any]) -> None:
     del result["rows"][0]["latency"]["1"]
     assert words.pace(words.speed(result, "1")) == ""

@@ -22,6 +22,7 @@ from tritprune.app.plan_view import plan_view
 from tritprune.app.signals import StopRequest, stop_signals
 from tritprune.app.verdict_view import verdict_view
 from tritprune.errors import CheckpointError, ConfigError, InterruptedRunError, RunFolderError, TritpruneError
+from tritprune.export import require
 from tritprune.kernels import set_backend
 from tritprune.registry import did_you_mean
 from tritprune.report import console_epilogue, console_table, write_report
@@ -111,6 +112,8 @@ class Attempt:
             torch.set_num_threads(settings.threads)
         _one_of("control", config["control"], (None, "random"))
         _one_of("slimmer.tracer", config["slimmer"]["tracer"], (None, *TRACERS))
+        for kind in config["slimmer"].get("export") or ():
+            require(str(kind))
         task = get_task(config["task"])
         tracker = get_tracker(config["tracker"])
         make_pruner = PrunerMaker(config, settings, task)
@@ -122,6 +125,7 @@ class Attempt:
             tracer=config["slimmer"]["tracer"],
             init_from=Path(config["init_from"]) if config["init_from"] else None,
             uniform=bool(config["slimmer"].get("uniform", False)),
+            exports=tuple(config["slimmer"].get("export") or ()),
         )
         AcceleratorState._reset_state()  # one process may run several jobs with different precisions
         accelerator = Accelerator(

@@ -22,6 +22,7 @@ from tritprune.report.records import (
 from tritprune.report.words import (
     MISSING,
     TIMES,
+    agreement,
     batches,
     count,
     decimal,
@@ -237,12 +238,15 @@ def slimming(result: Result) -> Html | None:
     slim = part(result, "slim")
     if not isinstance(slim, Mapping) or not slim:
         return None
-    parts = [tag("h2", "Slimming"), _certificate(part(slim, "certificate"), part(slim, "loads"))]
+    parts = [
+        tag("h2", "Slimming"),
+        _certificate(part(slim, "certificate"), part(slim, "loads"), items(result, "exports")),
+    ]
     parts.append(tag("div", _cuts(slim), _refused(slim), class_="two block"))
     return join(parts)
 
 
-def _certificate(certificate: Any, loads: Any) -> Html | None:
+def _certificate(certificate: Any, loads: Any, exports: list[Mapping[str, Any]]) -> Html | None:
     if not isinstance(certificate, Mapping):
         return None
     holds = bool(certificate.get("holds"))
@@ -261,6 +265,7 @@ def _certificate(certificate: Any, loads: Any) -> Html | None:
         else f"{certificate.get('inputs')} fixed inputs, every output",
         "Outputs, SHA-256": certificate.get("outputs_sha256"),
         "Loads with": loads,
+        "Also as": "; ".join(_exported(made) for made in exports),
     }
     rows = (
         join((tag("dt", key), tag("dd", tag("code", value) if "SHA" in key else value)))
@@ -268,6 +273,10 @@ def _certificate(certificate: Any, loads: Any) -> Html | None:
         if value
     )
     return tag("dl", tag("strong", claim), *rows, class_="certificate" if holds else "certificate broken")
+
+
+def _exported(made: Mapping[str, Any]) -> str:
+    return f"{made.get('kind')}: {made.get('path')} ({size_on_disk(made.get('bytes'))}, {agreement(made)})"
 
 
 def _cuts(slim: Mapping[str, Any]) -> Html:

@@ -145,6 +145,15 @@ def speed(result: Result, batch: str) -> tuple[float, str] | None:
     return factor, ("faster" if factor > 1 else "slower") if apart else "as fast"
 
 
+def agreement(made: Mapping[str, Any]) -> str:
+    """How an exported file was compared: "same outputs on 3 inputs", "differs by at most 9.5e-07 on 3 inputs"."""
+    apart = number(made.get("max_abs_difference"))
+    if apart is None:
+        return "not compared"
+    said = f"differs by at most {apart:.1e}" if apart else "same outputs"
+    return f"{said} on {digits(made.get('inputs'))} inputs"
+
+
 def pace(rate: tuple[float, str] | None) -> str:
     """What :func:`speed` found, as a verdict: "1.36x faster", "slower here: 0.90x", "no faster here: 1.01x"."""
     if rate is None:

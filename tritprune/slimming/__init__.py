@@ -2,6 +2,7 @@
 
 from tritprune.slimming.auto_slim import AutoSlimConfig, model_slim, parse_auto_slim_config
 from tritprune.slimming.certificate import Certificate, certify, check_saved, saved_inputs
+from tritprune.slimming.keras_head import ClassifierHeadSearcherTF
 from tritprune.slimming.latency import Latency, measure, measure_together
 from tritprune.slimming.leftovers import Refusal
 from tritprune.slimming.optimizer_state import Carried, slim_optimizer
@@ -22,6 +23,7 @@ __all__ = [
     "Carried",
     "Certificate",
     "ClassifierHeadSearcher",
+    "ClassifierHeadSearcherTF",
     "Cut",
     "JitBasicSearcher",
     "Latency",

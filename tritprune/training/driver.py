@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tritprune.errors import CertificateError, ConfigError, InterruptedRunError, TritpruneError
-from tritprune.export import even_widths, load_model, loads_with, save_model
+from tritprune.export import EXPORTERS, FILES, Artifact, even_widths, load_model, loads_with, save_model
 from tritprune.pruners import Pruner, SparsityReport, sparsity_of
 from tritprune.report import heatmap_png, write_report
 from tritprune.slimming import SlimResult, certify, check_saved, slim_model
@@ -27,7 +27,7 @@ from tritprune.training.dense_cache import DenseCache
 from tritprune.training.loop import Loop, Run, agree
 
 PRUNED, SLIM, PRUNING, CONTROL, SLIMMING = "pruned", "slim", "pruning.json", "control.json", "slimming.json"
-MASKS, RESULT = "masks.safetensors", "result.json"
+MASKS, RESULT, EXPORTS = "masks.safetensors", "result.json", "exports.json"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Plan:
         control: ``random`` repeats pruning and recovery with random masks at the same budget.
         tracer: how the slimmer reads the model; None leaves out the slimming.
         init_from: folder of a saved model that takes the place of the fine-tuned dense one.
+        exports: further files to make of the slim model: ``onnx``, ``torch_export``.
         uniform: pad the slim model's layers to the same widths, so that ``from_pretrained`` loads it.
     """
 
@@ -51,6 +52,7 @@ class Plan:
     tracer: str | None = "jit"
     init_from: Path | None = None
     uniform: bool = False
+    exports: tuple[str, ...] = ()
 
 
 def starting_model(task: Task, seed: int, init_from: Path | None) -> nn.Module:
@@ -202,6 +204,14 @@ class Driver:
                 f"the model saved in {self.run.folder / SLIM} does not give the outputs of its certificate, "
                 f"{self.run.folder / 'certificate.json'}"
             )
+        made: list[Artifact] = []
+        for kind in self.plan.exports:
+            with self.run.progress.status(f"writing {FILES[kind]}"):
+                path = self.run.folder / FILES[kind]
+                inputs = self.run.task.model_inputs(self.run.task.example_inputs(2))
+                made.append(replace(EXPORTERS[kind](model, inputs, path), path=path.name))
+        if made:
+            write_json(self.run.folder / EXPORTS, {"files": [vars(artifact) for artifact in made]})
         return model
 
     def report(
@@ -237,13 +247,14 @@ class Driver:
         if (folder / CONTROL).exists():
             control = json.loads((folder / CONTROL).read_text(encoding="utf-8"))
             rows.append({"model": "random control", "metrics": control["metrics"], "sparsity": control["sparsity"]})
-        slimming = folder / SLIMMING
+        slimming, exports = folder / SLIMMING, folder / EXPORTS
         self._result = {
             **self.describe("finished"),
             "rows": rows,
             "layers": pruning["layers"],
             "excluded": pruning["excluded"],
             "slim": json.loads(slimming.read_text(encoding="utf-8")) if slimming.exists() else None,
+            "exports": json.loads(exports.read_text(encoding="utf-8"))["files"] if exports.exists() else [],
         }
         self._publish()
         folder.drop_checkpoint()
@@ -331,6 +342,7 @@ class Driver:
             "certificate": "certificate.json",
             "pruned": PRUNED,
             "slim": SLIM,
+            **FILES,
         }
         found = {name: path for name, path in names.items() if name == "report" or (self.run.folder / path).exists()}
         return found | ({"wandb": self.run.tracker.location} if self.run.tracker.location else {})
