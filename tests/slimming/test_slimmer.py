@@ -39,7 +39,8 @@ def test_bert_loses_what_is_dead_and_says_what_stays(settings, make_bert, kill, 
             "2 of 12 rows are dead but stay: they belong to heads that stay, and all heads have the same size"
         ),
         (f"{start}.output.dense", "rows"): (
-            "1 of 24 rows are dead but stay: they feed a residual add; its width 24 is shared by 13 linears"
+            "1 of 24 rows are dead but stay: layer_norm bert.embeddings.LayerNorm normalises over all of them; "
+            "16 layers share their width"
         ),
     }
     attention = result.model.bert.encoder.layer[0].attention.self
@@ -48,7 +49,7 @@ def test_bert_loses_what_is_dead_and_says_what_stays(settings, make_bert, kill, 
     assert result.parameters_after == sum(p.numel() for p in result.model.parameters()) < result.parameters_before
     assert result.certificate.holds
     assert len(result.certificate.checks) == 4  # as given (batch 2), 1, 7, half the length
-    assert [item["kind"] for item in result.found] == ["feed-forward"] * 3 + ["attention"] * 2
+    assert [item["kind"] for item in result.found] == ["feed-forward"] * 3 + ["stream"] + ["attention"] * 2
     records = [result.found, [vars(c) for c in result.cuts], [vars(r) for r in result.refused], result.widths]
     assert json.loads(json.dumps([*records, result.certificate.summary()]))[0] == result.found
 
