@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tritprune.criteria import Criterion, get_criterion, register_criterion
     from tritprune.kernels import use_backend
     from tritprune.neural_compressor import from_neural_compressor
+    from tritprune.optim import MaskedAdamW, MaskedSGD
     from tritprune.patterns import Pattern, get_pattern, register_pattern
     from tritprune.pruners import (
         BlockMaskPruner,
@@ -39,6 +40,8 @@ __all__ = [
     "HeadPruner",
     "MagnitudePruner",
     "MaskSet",
+    "MaskedAdamW",
+    "MaskedSGD",
     "Pattern",
     "PatternLockPruner",
     "ProgressivePruner",
@@ -69,6 +72,7 @@ _HOME = {
     "criteria": ("Criterion", "get_criterion", "register_criterion"),
     "kernels": ("use_backend",),
     "neural_compressor": ("from_neural_compressor",),
+    "optim": ("MaskedAdamW", "MaskedSGD"),
     "patterns": ("Pattern", "get_pattern", "register_pattern"),
     "pruners": (
         "BlockMaskPruner",
