@@ -456,7 +456,8 @@ def _optimizer_cases() -> Iterator[Case]:
     ]
     for name, options in several:
         yield _optimizer("masked_adamw_", name, **adamw, **options)
-    yield _optimizer("masked_adamw_", "first step", **adamw | {"step": 1, "weight_decay": 0.0})
+    begin: dict[str, Any] = adamw | {"step": 1, "weight_decay": 0.0}
+    yield _optimizer("masked_adamw_", "first step", **begin)
     several = [
         ("momentum 4x1", {}),
         ("first step", {"first": True, "weight_decay": 0.0}),
@@ -465,7 +466,8 @@ def _optimizer_cases() -> Iterator[Case]:
         ("no mask", {"kept": None}),
     ]
     for name, options in several:
-        yield _optimizer("masked_sgd_", name, **sgd | options)
+        numbers: dict[str, Any] = sgd | options
+        yield _optimizer("masked_sgd_", name, **numbers)
 
 
 def _optimizer(
