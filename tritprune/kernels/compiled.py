@@ -23,9 +23,12 @@ from numba.extending import overload
 from torch import Tensor
 
 from tritprune.kernels import reference
+from tritprune.kernels.optimizer_reference import masked_adamw_, masked_sgd_
 from tritprune.kernels.packing import is_packed, pack_mask, unpack_mask
 from tritprune.kernels.reference import SMALL_UNIT, Block, Finish, Form, Reduce
 from tritprune.kernels.units import UnitGrid
+
+__all__ = ["masked_adamw_", "masked_sgd_"]  # the optimizer steps are torch's vector code; the rest is defined here
 
 _PIECE = 1 << 18
 _SAMPLE = 1 << 17

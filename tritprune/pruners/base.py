@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tritprune.criteria import Criterion
 from tritprune.errors import CheckpointError, ConfigError, MaskMismatchError
+from tritprune.optim import MaskedOptimizer
 from tritprune.patterns import Pattern
 from tritprune.pruners.attachment import after_closure, claim, release, torch_optimizer
 from tritprune.pruners.group import LayerGroup
@@ -169,6 +170,7 @@ class Pruner(SpecNames):
         self._warned: set[str] = set()
         self._callbacks: list[Callable[[PruneEvent], None]] = []
         self._handles: list[Any] = []
+        self._stepped_on: dict[str, list[list[Tensor]]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -252,6 +254,9 @@ class Pruner(SpecNames):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if isinstance(self._optimizer, MaskedOptimizer):
+            self._optimizer.use_masks({})
+        self._stepped_on = {}
         self._optimizer = None
         release(self, self._views)
 
@@ -399,6 +404,8 @@ class Pruner(SpecNames):
         self._skips_step = isinstance(found_inf, Tensor) and bool(found_inf)
         if not self._skips_step:
             self._update_scores(scale)
+        if isinstance(optimizer, MaskedOptimizer):
+            self._hand_over_masks(optimizer)
         self.last_timing = {"score": time.perf_counter() - started, "mask": 0.0}
 
     def _update_scores(self, gradient_scale: Tensor | None) -> None:
@@ -443,8 +450,18 @@ class Pruner(SpecNames):
             if group.name in self._watches:
                 self._watches[group.name].report(group.views)
 
+    def _hand_over_masks(self, optimizer: MaskedOptimizer) -> None:
+        """Let the optimizer end its step with the masks in force; note for which groups that is all there is to do."""
+        masks = {group.name: group.step_masks() for group in self._groups}
+        optimizer.use_masks({weight: mask for own in masks.values() for weight, mask in own.items()})
+        self._stepped_on = {
+            group.name: group.masks for group in self._groups if len(masks[group.name]) == len(group.views)
+        }
+
     def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         for group in self._groups:
+            if optimizer is not None and self._stepped_on.get(group.name) is group.masks:
+                continue
             group.apply_()
             if optimizer is not None:
                 group.reset_state_(optimizer)

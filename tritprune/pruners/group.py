@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tritprune.criteria import get_criterion
 from tritprune.errors import ConfigError
 from tritprune.kernels import UnitGrid
+from tritprune.optim import WeightMask
 from tritprune.patterns import Block, WeightView, get_pattern, set_reduction
 from tritprune.pruners.budget import GroupBudget
 from tritprune.pruners.layers import Exclusion
@@ -230,6 +231,17 @@ class LayerGroup:
         """Zero what is pruned, in place."""
         if self.prunes:
             apply_to_weights_(self.views, self.flat_masks, self.blocks)
+
+    def step_masks(self) -> dict[Tensor, WeightMask]:
+        """What an optimizer needs to end its step with the masks: by weight, where its view is no copy of it."""
+        if not self.prunes:
+            return {}
+        reset = self.settings.reset_state
+        return {
+            view.parameter: WeightMask(mask, block, view.to_2d, reset)
+            for view, mask, block in zip(self.views, self.flat_masks, self.blocks, strict=True)
+            if view.to_2d(view.parameter.detach()).data_ptr() == view.parameter.data_ptr()
+        }
 
     def reset_state_(self, optimizer: torch.optim.Optimizer) -> None:
         """Zero the optimizer's state (momentum) of what is pruned, in place."""
