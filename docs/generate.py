@@ -12,6 +12,9 @@ import yaml
 
 import tritprune
 from tritprune.neural_compressor.keys import table
+from tritprune.patterns import BlockPattern, NInMPattern
+from tritprune.pruners import Pruner
+from tritprune.pruners.spec_names import SpecNames
 from tritprune.registry import Registry
 
 DOCS = Path(__file__).parent
@@ -92,8 +95,27 @@ def vocabulary() -> str:
             lines += ["", f"## {title}", "", "| name | class | is | source | yaml |", "|---|---|---|---|---|", *rows]
     lines += ["", "## Neural Compressor's names", "", "| theirs | here |", "|---|---|"]
     lines += [f"| `{theirs}` | {counterpart(ours)} |" for theirs, ours in THEIRS.items()]
+    lines += ["", "And a pruner's attributes and functions of these names:", "", "| theirs | is |", "|---|---|"]
+    lines += [f"| `{name}` | {told} |" for name, told in attributes()]
+    lines += ["", "A pattern does not hold its scope, floor and cap (their `is_global`, `min_sparsity_ratio_per_op`,"]
+    lines += [
+        "`max_sparsity_ratio_per_op`): each entry of `pruner.groups` has them as `scope`, `min_layer_sparsity` and"
+    ]
+    lines += ["`max_layer_sparsity`."]
     lines += ["", "Their config keys are in [neural_compressor.md](neural_compressor.md#every-key)."]
     return "\n".join(lines) + "\n"
+
+
+def attributes() -> Iterator[tuple[str, str]]:
+    """Every public attribute and function of a pruner that is there for Neural Compressor's users, and what it is."""
+    for name in ("masks", "scores"):
+        yield name, first_line(getattr(Pruner, name))
+    for name, value in vars(SpecNames).items():
+        if not name.startswith("_") and (isinstance(value, property) or inspect.isfunction(value)):
+            yield name, first_line(value)
+    yield "block_size (of PatternNxM)", first_line(BlockPattern.block_size)
+    yield "N (of PatternNInM)", first_line(NInMPattern.N)
+    yield "M (of PatternNInM)", first_line(NInMPattern.M)
 
 
 def registries() -> Iterator[Registry[Any]]:
@@ -129,6 +151,7 @@ def yamls(kind: str, name: str) -> list[Path]:
 def first_line(entry: Any) -> str:
     """The first line of a docstring, fit for a table."""
     line = (inspect.getdoc(entry) or "").partition("\n")[0]
+    line = re.sub(r":\w+:`~?([^`]+)`", lambda role: f"`{role[1].rpartition('.')[2]}`", line)
     return line.replace("``", "`").replace("|", "\\|")
 
 

@@ -545,3 +545,8 @@ def test_tracing_failed_on_grouped_query_attention():
     result = slim_model(model, tokens)
     assert [item["heads"] for item in result.found if item["kind"] == "attention"] == [4, 4]
     torch.testing.assert_close(result.model(**tokens).logits, model(**tokens).logits)
+    pruner = get_pruner("heads", model, criterion="magnitude", target_sparsity=0.5, end_step=0, schedule="one_shot")
+    assert {(row["unit"], row["units"]) for row in pruner.layer_report()} == {("head group of 2", 2)}
+    pruner.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    zeros = {name: int((model.get_submodule(name).weight == 0).sum()) for name in pruner.modules}
+    assert sum(zeros.values()) == pruner.verify().zeros == 2 * (16 * 16 * 2 + 16 * 8 * 2) / 2

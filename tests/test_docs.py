@@ -59,3 +59,40 @@ def test_both_ways_of_the_page_are_the_same_pruning():
         digests.append(names["pruner"].digest())
     assert len(digests) == 2
     assert digests[0] == digests[1]
+
+
+SPEC = {
+    "patterns": ("register_pattern", "get_pattern", "BasePattern", "PatternNxM", "PatternNInM", "PatternMHA"),
+    "criteria": (
+        "register_criterion", "get_criterion", "PruningCriterion", "MagnitudeCriterion", "GradientCriterion",
+        "SnipCriterion", "SnipMomentumCriterion", "SnipMomentumBlockCriterion", "RetrainFreeCriterion",
+    ),
+    "pruners": (
+        "register_pruner", "get_pruner", "Pruner", "MagnitudePruner", "SnipPruner", "SnipMomentumPruner",
+        "PatternLockPruner", "ProgressivePruner", "BlockMaskPruner", "RetrainFreePruner", "MultiheadAttentionPruner",
+        "GroupLasso", "get_sparsity_ratio", "model_slim",
+    ),
+    "attributes": (
+        "modules", "config", "masks", "scores", "pattern", "scheduler", "current_sparsity_ratio", "global_step",
+        "start_step", "end_step", "update_frequency_on_step", "target_sparsity_ratio", "max_sparsity_ratio_per_layer",
+        "on_step_begin", "on_step_end", "on_epoch_begin", "on_epoch_end",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", SPEC)
+def test_every_name_of_the_system_before_is_in_the_vocabulary_and_here(part):
+    table = generator().vocabulary().partition("## Neural Compressor's names")[2]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    here = {name.strip(" `"): told for names, told in rows for name in re.split(r"[ ,(`|]+", names) if name}
+    for name in SPEC[part]:
+        assert name in here, name
+        assert "not here yet" not in here[name]
+
+
+def test_only_the_language_model_one_shot_is_missing():
+    keys_page = (DOCS / "neural_compressor.md").read_text(encoding="utf-8").partition("## Every key")[2]
+    for page in (generator().vocabulary(), keys_page):
+        missing = [line for line in page.splitlines() if "not here yet" in line]
+        assert len(missing) == 1
+        assert "sparse_gpt" in missing[0]

@@ -2,7 +2,19 @@ import json
 import subprocess
 import sys
 
-HEAVY = ("triton", "wandb", "hydra", "omegaconf", "transformers", "accelerate", "matplotlib", "rich", "datasets")
+HEAVY = (
+    "triton",
+    "wandb",
+    "hydra",
+    "omegaconf",
+    "transformers",
+    "accelerate",
+    "matplotlib",
+    "rich",
+    "datasets",
+    "lightning",
+    "pytorch_lightning",
+)
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -18,6 +30,11 @@ def test_importing_tritprune_loads_nothing_heavy():
 
 def test_the_library_api_loads_no_plumbing():
     extra = loaded_by("import tritprune; tritprune.Pruner; tritprune.slim") - loaded_by("import torch")
+    assert not extra.intersection(HEAVY)
+
+
+def test_integrations_load_nothing_before_they_are_used():
+    extra = loaded_by("import tritprune.integrations") - loaded_by("import torch")
     assert not extra.intersection(HEAVY)
 
 

@@ -13,6 +13,7 @@ from tritprune.schedules import (
     get_schedule,
     register_schedule,
     resolve_step,
+    resolve_steps,
     schedules,
 )
 
@@ -154,3 +155,18 @@ def test_steps_that_are_none_of_these(value):
 def test_a_fraction_needs_the_length_of_training(value, missing):
     with pytest.raises(ConfigError, match=missing):
         resolve_step(value)
+
+
+def test_a_pruners_settings_are_resolved_with_those_of_its_groups():
+    settings = {"end_step": 0.5, "frequency": 2, "groups": [{"start_step": "1ep"}, {"end_step": 7, "pattern": "4x1"}]}
+    assert resolve_steps(settings, total_steps=40, steps_per_epoch=10) == {
+        "end_step": 20, "frequency": 2, "groups": [{"start_step": 10}, {"end_step": 7, "pattern": "4x1"}],
+    }  # fmt: skip
+    assert resolve_steps({"end_step": 3}) == {"end_step": 3}
+    with pytest.raises(ConfigError, match=r"pruner.end_step=41 is past .*max_steps=40"):
+        resolve_steps({"groups": [{"end_step": 41}]}, total_steps=40, total_is="max_steps")
+
+
+@pytest.mark.parametrize("groups", [None, [], "attention", 3, [1, 2], {"include": []}])
+def test_groups_that_are_none_are_left_to_the_pruner(groups):
+    assert resolve_steps({"end_step": 0.5, "groups": groups}, total_steps=4) == {"end_step": 2, "groups": groups}

@@ -32,7 +32,17 @@ def row(units, size=1, last=None):
 
 @pytest.mark.parametrize(
     ("sparsity", "elements", "expected"),
-    [(0.29, 100, 29), (0.57, 100, 57), (0.9, 10, 9), (1 / 3, 3, 0), (0.1, 9, 0), (0.0, 5, 0), (1e-05, 100000, 1)],
+    [
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.9, 10, 9),
+        (1 / 3, 3, 1),
+        (2 / 7, 70, 20),
+        (0.1234567, 10**7, 1234567),
+        (0.1, 9, 0),
+        (0.0, 5, 0),
+        (1e-05, 100000, 1),
+    ],
 )
 def test_a_budget_is_exact(sparsity, elements, expected):
     assert exact_budget(sparsity, elements) == expected

@@ -16,10 +16,10 @@ A :class:`Schedule` maps progress ``x`` in [0, 1] to a sparsity between ``i`` (i
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tritprune.errors import ConfigError
 from tritprune.registry import Registry
@@ -227,6 +227,39 @@ def resolve_step(value: object, *, total_steps: int | None = None, steps_per_epo
         if epochs:
             return _share(epochs[1], steps_per_epoch, value, "steps_per_epoch")
     raise ConfigError(f"a step is 100 (optimizer steps), 0.1 (fraction of training) or '2ep' (epochs), got {value!r}")
+
+
+def resolve_steps(
+    settings: Mapping[str, Any],
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    total_is: str = "total_steps",
+) -> dict[str, Any]:
+    """A pruner's settings with ``start_step`` and ``end_step``, also those of its groups, as optimizer steps.
+
+    Args:
+        settings: of a pruner; ``groups`` may be among them.
+        total_steps: optimizer steps of the whole training.
+        steps_per_epoch: optimizer steps of one epoch.
+        total_is: what the user calls ``total_steps``.
+
+    Raises:
+        ConfigError: as :func:`resolve_step`, or a step past the end of training.
+    """
+    resolved = dict(settings)
+    for key in ("start_step", "end_step"):
+        if resolved.get(key) is not None:
+            step = resolve_step(resolved[key], total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+            if total_steps is not None and step > total_steps:
+                raise ConfigError(f"pruner.{key}={step} is past the end of training, {total_is}={total_steps}")
+            resolved[key] = step
+    given = resolved.get("groups")
+    groups = list(cast("Sequence[object]", given)) if isinstance(given, Sequence) else []
+    if groups and all(isinstance(group, Mapping) for group in groups):
+        lengths: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "total_is": total_is}
+        resolved["groups"] = [resolve_steps(cast("Mapping[str, Any]", group), **lengths) for group in groups]
+    return resolved
 
 
 def _share(number: str, whole: int | None, value: object, unit: str) -> int:

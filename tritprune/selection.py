@@ -20,22 +20,30 @@ from tritprune.kernels import UnitGrid, kth_score, masks_from_threshold
 
 Normalize = Literal["none", "l2", "max"]
 
+_WRITTEN = 10**6
+
 
 def exact_budget(sparsity: float, elements: int) -> int:
-    """The most elements that ``sparsity`` allows: ``floor(sparsity * elements)`` in exact decimal arithmetic.
+    """The most elements that ``sparsity`` allows: ``floor(sparsity * elements)`` in exact arithmetic.
 
-    ``exact_budget(0.29, 100)`` is 29, where ``int(0.29 * 100)`` is 28.
+    ``exact_budget(0.29, 100)`` is 29, where ``int(0.29 * 100)`` is 28; ``exact_budget(1 / 3, 30)`` is 10.
 
     Args:
-        sparsity: fraction of zeros; the shortest decimal that gives this float is meant.
+        sparsity: fraction of zeros; what a float means is :func:`meant_by`.
         elements: how many there are.
     """
-    return math.floor(Fraction(str(float(sparsity))) * elements)
+    return math.floor(meant_by(sparsity) * elements)
 
 
 def at_least(sparsity: float, elements: int) -> int:
-    """The fewest elements that reach ``sparsity``: ``ceil(sparsity * elements)`` in exact decimal arithmetic."""
-    return math.ceil(Fraction(str(float(sparsity))) * elements)
+    """The fewest elements that reach ``sparsity``: ``ceil(sparsity * elements)`` in exact arithmetic."""
+    return math.ceil(meant_by(sparsity) * elements)
+
+
+def meant_by(sparsity: float) -> Fraction:
+    """The fraction that was written: of denominator up to 10^6 if one gives this float, else the shortest decimal."""
+    plain = Fraction(float(sparsity)).limit_denominator(_WRITTEN)
+    return plain if float(plain) == float(sparsity) else Fraction(str(float(sparsity)))
 
 
 def largest_unit(grid: UnitGrid) -> int:

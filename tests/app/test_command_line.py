@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,22 @@ def test_a_run_leaves_everything_that_the_readme_promises(smoke):
     assert not (folder / "checkpoint.pt").exists()
 
 
+def test_a_run_is_verified_in_a_fresh_process(smoke, tmp_path):
+    folder, _ = smoke
+    done = tritprune(tmp_path, f"verify={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "does not hold" not in done.stdout
+    assert "verified: all 8 checks hold" in done.stdout
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "slim" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    done = tritprune(tmp_path, f"verify={copy}")
+    assert done.returncode == 1
+    said = " ".join(done.stdout.split())
+    assert "not verified: 1 of 5 checks do not hold; first: " in said
+    assert "model.safetensors is damaged: its SHA-256" in said
+
+
 def test_a_run_tells_what_was_composed_and_what_came_out(smoke):
     folder, done = smoke
     assert "Traceback" not in done.stdout + done.stderr
@@ -74,7 +91,7 @@ def test_a_run_tells_what_was_composed_and_what_came_out(smoke):
 def test_a_plan_is_shown_and_nothing_else_happens(tmp_path):
     done = tritprune(tmp_path, "experiment=digits_4x1", "plan=true", "pruner.max_layer_sparsity=0.95")
     assert done.returncode == 0, done.stdout
-    for words in ("mask updates of all", "79.9976%", "floor to cap", "left out", "memory: scores", "can cut"):
+    for words in ("mask updates of all", "79.9976%", "units that may go", "left out", "memory: scores", "can cut"):
         assert words in done.stdout, words
     assert "go:  python -m tritprune experiment=digits_4x1 pruner.max_layer_sparsity=0.95" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -145,6 +162,10 @@ def test_the_golden_curve(smoke):
 
 
 MISTAKES = [
+    ([*SMOKE, "slimmer=auto", "pruner.groups=[{name: a}]"], ["slimmer=auto derives the groups from the graph"]),
+    ([*SMOKE, "slimmer=auto", "slimmer.auto.mha_sparsity=1"], ["mha_sparsity is a share in [0, 1), got 1"]),
+    ([*SMOKE, "slimmer.uniform=true"], ["slimmer.uniform=true is for models of transformers"]),
+    (["verify=nowhere"], ["verify=nowhere: no run is there"]),
     (["experiment=bert_4x2"], ["bert_4x1", "bert_slim"]),
     ([*SMOKE, "criterion=snipp"], ["snip", "magnitude"]),
     ([*SMOKE, "criterion.name=snipp"], ["unknown criterion 'snipp'", "did you mean 'snip'"]),

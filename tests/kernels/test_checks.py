@@ -68,8 +68,14 @@ def test_thresholds():
 def test_masks():
     with pytest.raises(ValueError, match=r"mask of shape \[1, 2\], got bool \[2, 2\]"):
         kernels.apply_masks_([ones(4, 2)], [ones(2, 2, dtype=torch.bool)], [(4, 1)])
-    with pytest.raises(ValueError, match="mask is bool, got float32"):
+    with pytest.raises(ValueError, match="mask is bool or packed in uint8, got float32"):
         kernels.apply_masks_([ones(4, 2)], [ones(1, 2)], [(4, 1)])
+    with pytest.raises(ValueError, match=r"packed mask of 18 units of shape \[3\], got uint8 \[2\]"):
+        kernels.apply_masks_([ones(4, 18)], [ones(2, dtype=torch.uint8)], [(4, 1)])
+    with pytest.raises(ValueError, match=r"packed masks must be contiguous, got strides \(2,\)"):
+        kernels.apply_masks_([ones(4, 18)], [ones(6, dtype=torch.uint8)[::2]], [(4, 1)])
+    with pytest.raises(ValueError, match=r"both masks are bool or both packed, got uint8 \[2\] and bool \[2\]"):
+        kernels.mask_statistics([ones(2, dtype=torch.uint8)], [ones(2, dtype=torch.bool)])
     with pytest.raises(ValueError, match=r"previous mask of shape \[2\], got bool \[3\]"):
         kernels.mask_statistics([ones(2, dtype=torch.bool)], [ones(3, dtype=torch.bool)])
 

@@ -1,10 +1,13 @@
 """The sentences are computed from the numbers: each claim is checked against numbers that would make it false."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tritprune.report import words
+from tritprune.report.page import page
+from tritprune.report.records import Curves
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -59,8 +62,8 @@ def timed(row: dict[str, Any], median: float, low: float, high: float) -> None:
     [
         ((5.0, 4.9, 5.1), "is 2.00x faster at batch 1 and 2.00x at batch 32"),
         ((20.0, 19.0, 21.0), "is slower here (0.50x) at batch 1 and 0.50x at batch 32"),
-        ((9.9, 9.0, 11.0), "is as fast as dense within the spread (1.01x) at batch 1"),
-        ((9.5, 9.4, 10.2), "is as fast as dense within the spread (1.05x) at batch 1"),
+        ((9.9, 9.0, 11.0), "is no faster here (1.01x, within the spread) at batch 1"),
+        ((9.5, 9.4, 10.2), "is no faster here (1.05x, within the spread) at batch 1"),
     ],
 )
 def test_speed_is_claimed_only_beyond_the_spread(
@@ -69,6 +72,42 @@ def test_speed_is_claimed_only_beyond_the_spread(
     timed(result["rows"][0], 10.0, 9.8, 10.3)
     timed(result["rows"][2], *slim)
     assert expected in words.verdict(result)
+
+
+@pytest.mark.parametrize(
+    ("slim", "said"),
+    [
+        ((5.0, 4.9, 5.1), "2.00x faster"),
+        ((20.0, 19.0, 21.0), "slower here: 0.50x"),
+        ((9.9, 9.0, 11.0), "no faster here: 1.01x"),
+    ],
+)
+def test_the_page_has_a_verdict_for_each_batch_size(
+    result: dict[str, Any], slim: tuple[float, float, float], said: str
+) -> None:
+    timed(result["rows"][0], 10.0, 9.8, 10.3)
+    timed(result["rows"][2], *slim)
+    assert words.pace(words.speed(result, "1")) == said
+    text = page(result, Curves(), Path("run"))
+    assert text.count(f"<small>{said}</small>") == 2
+    kind = said.partition(":")[0]
+    assert (f"{kind}: " in text) == (kind in ("slower here", "no faster here"))
+
+
+def test_exported_files_are_shown_with_their_difference(result: dict[str, Any]) -> None:
+    result["exports"] = [
+        {"kind": "onnx", "path": "slim.onnx", "bytes": 74e6, "max_abs_difference": 9.54e-7, "inputs": 4},
+        {"kind": "torch_export", "path": "slim.pt2", "bytes": 74e6, "max_abs_difference": 0.0, "inputs": 4},
+    ]
+    text = page(result, Curves(), Path("run"))
+    assert "onnx: slim.onnx (74.0 MB, differs by at most 9.5e-07 on 4 inputs)" in text
+    assert "torch_export: slim.pt2 (74.0 MB, same outputs on 4 inputs)" in text
+    assert words.agreement({}) == "not compared"
+
+
+def test_no_verdict_without_times(result: dict[str, Any]) -> None:
+    del result["rows"][0]["latency"]["1"]
+    assert words.pace(words.speed(result, "1")) == ""
 
 
 def test_no_gain_is_said(result: dict[str, Any]) -> None:

@@ -145,13 +145,27 @@ def across_queries(m, q, k, v):
     return torch.softmax(q @ k.transpose(-1, -2), dim=-2) @ v
 
 
+def per_head_slopes(m, q, k, v):
+    slopes = torch.arange(1.0, 4.0).view(3, 1, 1)
+    return torch.softmax(q @ k.transpose(-1, -2) * slopes, dim=-1) @ v
+
+
+@pytest.mark.parametrize("mix", [per_head_bias, scaled_values])
+def test_heads_go_through_what_keeps_them_apart(mix, randomised, kill):
+    model = randomised(Attention(mix))
+    kill(model.output, columns=slice(8, 12))
+    kill(model.value, rows=slice(0, 4))
+    result = slim_model(model, torch.randn(2, 5, WIDTH))
+    assert result.model.num_heads == 1
+    assert_same(result.model, model, 2, 5, WIDTH)
+
+
 @pytest.mark.parametrize(
     ("mix", "reason"),
     [
-        (per_head_bias, "its mask or position bias has one entry per head"),
-        (fixed_heads, "the model does not run with fewer heads"),
-        (normalised, "comes between a linear and the heads"),
-        (scaled_values, "mul comes between the heads and the output linear"),
+        (per_head_slopes, "mul combines them with numbers that no parameter gives"),
+        (fixed_heads, "the model does not run without them"),
+        (normalised, "div shares them between heads"),
     ],
 )
 def test_heads_that_are_tied_together_are_refused(mix, reason, randomised, kill):
@@ -186,7 +200,7 @@ def test_returned_probabilities_are_refused(randomised, kill):
     kill(model.output, columns=slice(8, 12))
     result = slim_model(model, torch.randn(2, 5, WIDTH))
     assert result.cuts == []
-    assert any("the model also returns values that have one entry per head" in r.reason for r in result.refused)
+    assert any("the model returns them as 1" in r.reason for r in result.refused)
 
 
 def test_values_that_are_read_elsewhere_are_refused(randomised, kill):
@@ -194,57 +208,90 @@ def test_values_that_are_read_elsewhere_are_refused(randomised, kill):
         def forward(self, x):
             return super().forward(x) + self.value(x)
 
-    class Peeking(Attention):
-        def forward(self, x):
-            v = self.value(x)
-            mixed = F.scaled_dot_product_attention(self.split(self.query(x)), self.split(self.key(x)), self.split(v))
-            return self.output(mixed.transpose(1, 2).flatten(2)) + v
-
-    for kind, reason in ((Leaking, "read 2 times"), (Peeking, "read outside of the attention too, by add")):
-        model = randomised(kind(fused))
-        kill(model.output, columns=slice(8, 12))
-        result = slim_model(model, torch.randn(2, 5, WIDTH))
-        assert result.cuts == []
-        assert any(reason in refusal.reason for refusal in result.refused)
+    model = randomised(Leaking(fused))
+    kill(model.output, columns=slice(8, 12))
+    result = slim_model(model, torch.randn(2, 5, WIDTH))
+    assert result.cuts == []
+    assert any("1 of 3 heads are dead but stay: add combines them with" in r.reason for r in result.refused)
 
 
-def test_fused_projection_is_found_and_refused(randomised, kill):
-    class Fused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+class Fused(nn.Module):
+    """One linear for query, key and value; ``layout`` says in which order its rows are."""
 
-        def forward(self, x):
-            q, k, v = self.qkv(x).view(*x.shape[:2], 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0)
-            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def __init__(self, layout):
+        super().__init__()
+        self.layout, self.num_heads = layout, HEADS
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    model = randomised(Fused())
+    def forward(self, x):
+        made = self.qkv(x)
+        if self.layout == "parts first":
+            q, k, v = made.view(*x.shape[:2], 3, self.num_heads, SIZE).permute(2, 0, 3, 1, 4).unbind(0)
+        elif self.layout == "heads first":
+            q, k, v = made.view(*x.shape[:2], self.num_heads, 3 * SIZE).transpose(1, 2).chunk(3, dim=-1)
+        else:
+            parts = made.split(made.shape[-1] // 3, dim=-1)
+            q, k, v = (part.unflatten(-1, (self.num_heads, SIZE)).transpose(1, 2) for part in parts)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("tracer", ["jit", "export"])
+@pytest.mark.parametrize(
+    ("layout", "kept"),
+    [
+        ("parts first", [*range(4, 12), *range(16, 24), *range(28, 36)]),
+        ("split", [*range(4, 12), *range(16, 24), *range(28, 36)]),
+        ("heads first", [*range(12, 36)]),
+    ],
+)
+def test_fused_projection_loses_the_rows_of_a_head(layout, kept, tracer, randomised, kill):
+    model = randomised(Fused(layout))
     kill(model.proj, columns=slice(0, 4))
-    result = slim_model(model, torch.randn(2, 5, WIDTH))
+    result = slim_model(model, torch.randn(2, 5, WIDTH), tracer=tracer)
     (found,) = result.found
-    assert (found["qkv"], found["ffn"], found["heads"]) == (["qkv"], ["proj"], 3)
-    (refusal,) = [refusal for refusal in result.refused if refusal.kind == "heads"]
-    assert refusal.reason == (
-        "1 of 3 heads are dead but stay: query, key and value are not three linears of their own (qkv)"
-    )
+    assert (found["qkv"], found["ffn"], found["heads"], found["obstacle"]) == (["qkv"], ["proj"], 3, None)
+    assert result.selections["qkv.weight"][0].tolist() == kept
+    assert (result.model.num_heads, result.refused) == (2, [])
+    assert_same(result.model, model, 3, 7, WIDTH)
 
 
-def test_grouped_query_attention_is_found_and_refused(randomised, kill):
-    class Grouped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k, self.v = nn.Linear(WIDTH, 16), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
-            self.o = nn.Linear(16, WIDTH)
+class Grouped(nn.Module):
+    """Four query heads; ``keys`` key and value heads."""
 
-        def forward(self, x):
-            q, k, v = (linear(x).unflatten(-1, (-1, SIZE)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-            return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+    def __init__(self, keys):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(WIDTH, 16), nn.Linear(WIDTH, keys * SIZE), nn.Linear(WIDTH, keys * SIZE)
+        self.o, self.grouped = nn.Linear(16, WIDTH), keys > 1
 
-    model = randomised(Grouped())
+    def forward(self, x):
+        q, k, v = (linear(x).unflatten(-1, (-1, SIZE)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("tracer", ["jit", "export"])
+def test_a_key_head_goes_with_all_its_query_heads(tracer, randomised, kill):
+    model = randomised(Grouped(2))
     kill(model.o, columns=slice(0, 4))
-    result = slim_model(model, torch.randn(2, 5, WIDTH))
-    (refusal,) = [refusal for refusal in result.refused if refusal.kind == "heads"]
-    assert "query, key and value have 16, 8, 8 outputs: its heads share keys and values" in refusal.reason
+    result = slim_model(model, torch.randn(2, 5, WIDTH), tracer=tracer)
+    assert result.cuts == []
+    (refusal,) = result.refused
+    assert refusal.reason == "1 of 4 heads are dead but stay: other heads need the keys and values that they share"
+    kill(model.o, columns=slice(4, 8))
+    result = slim_model(model, torch.randn(2, 5, WIDTH), tracer=tracer)
+    assert [(cut.before, cut.after) for cut in result.cuts] == [(4, 2)]
+    assert (result.found[0]["heads"], result.found[0]["key_value_heads"]) == (4, 2)
+    assert [getattr(result.model, name).out_features for name in "qkv"] == [8, 4, 4]
+    assert_same(result.model, model, 3, 7, WIDTH)
+
+
+@pytest.mark.parametrize("tracer", ["jit", "export"])
+def test_query_heads_go_alone_where_all_share_one_key_head(tracer, randomised, kill):
+    model = randomised(Grouped(1))
+    kill(model.o, columns=slice(4, 8))
+    result = slim_model(model, torch.randn(2, 5, WIDTH), tracer=tracer)
+    assert [(cut.before, cut.after) for cut in result.cuts] == [(4, 3)]
+    assert [getattr(result.model, name).out_features for name in "qkv"] == [12, 4, 4]
+    assert_same(result.model, model, 3, 7, WIDTH)
 
 
 def test_pytorchs_own_attention_is_left_alone(randomised):
@@ -261,17 +308,18 @@ def test_pytorchs_own_attention_is_left_alone(randomised):
         model.attention.out_proj.weight[:, :4] = 0
     result = slim_model(model, torch.randn(2, 5, WIDTH))
     assert result.cuts == []
-    assert any(refusal.where == "attention.out_proj" for refusal in result.refused)
+    (refusal,) = result.refused
+    assert refusal.where == "attention"
+    assert refusal.reason.startswith("1 of 3 heads are dead but stay: the model does not run without them")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_bert_attention_is_found(implementation, make_bert, tokens):
     model = make_bert(attn_implementation=implementation)
     blocks = find_attention(trace(model, tokens), model)
-    assert [block.obstacle for block in blocks] == [None, None]
     assert [block.heads for block in blocks] == [4, 4]
     start = "bert.encoder.layer.1.attention"
-    assert blocks[1].linears == (
+    assert (*blocks[1].feeding, blocks[1].output) == (
         f"{start}.self.query",
         f"{start}.self.key",
         f"{start}.self.value",
@@ -301,4 +349,4 @@ def test_decoder_heads_go_but_not_where_a_query_sees_no_key(kill, randomised):
     mask[1] = mask[1].flip(0)
     result = slim_model(model, {"input_ids": ids, "attention_mask": mask})
     assert result.cuts == []
-    assert any("with fewer heads the model's outputs differ" in refusal.reason for refusal in result.refused)
+    assert any("without them the model's outputs differ" in refusal.reason for refusal in result.refused)

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from tritprune.errors import CertificateError, CheckpointError
-from tritprune.slimming import certify, check_saved, slim_model, slimmer, surgery
+from tritprune.slimming import certify, check_saved, slim_model, slimmer
 from tritprune.slimming.check_inputs import derive_inputs
 from tritprune.slimming.comparison import difference, largest_difference, sha256
 from tritprune.slimming.model_inputs import ModelInputs, tensors_of
+from tritprune.slimming.weights import Weights
 
 
 @pytest.fixture
@@ -22,40 +23,58 @@ def model():
     return made
 
 
-def test_lost_constant_is_caught_and_the_model_untouched(model, monkeypatch):
+@pytest.fixture
+def unfolded(monkeypatch):
+    """Constants of dead units get lost."""
+    monkeypatch.setattr(Weights, "fold", lambda *arguments: None)
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """The trial after the cut says yes to everything, so that the certificate has the last word."""
+    monkeypatch.setattr(slimmer._Slimmer, "_trial", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("unfolded", "untried")
+def test_lost_constant_is_caught_and_the_model_untouched(model):
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(surgery, "fold_constant", lambda *arguments: None)
     with pytest.raises(CertificateError, match=r"differ first in module '2', by .*e-01 where 2\.00e-05 is allowed"):
         slim_model(model, torch.randn(4, 3))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [model[0].out_features, model[2].in_features] == [6, 6]
 
 
+@pytest.mark.usefixtures("untried")
 def test_wrong_units_are_caught(model, monkeypatch):
-    right = slimmer.cut_feed_forward
-    monkeypatch.setattr(slimmer, "cut_feed_forward", lambda b, m, kept, c: right(b, m, kept - kept.min(), c))
+    def first_ones(weights):
+        made = selections_of(weights)
+        return {name: {d: torch.arange(len(kept)) for d, kept in dims.items()} for name, dims in made.items()}
+
+    selections_of = slimmer.selections_of
+    monkeypatch.setattr(slimmer, "selections_of", first_ones)
     with pytest.raises(CertificateError, match="first in module '2'"):
         slim_model(model, torch.randn(4, 3))
 
 
-def test_bert_sabotage_names_the_layer(make_bert, kill, tokens, monkeypatch):
+@pytest.mark.usefixtures("unfolded", "untried")
+def test_bert_sabotage_names_the_layer(make_bert, kill, tokens):
     model = make_bert()
     kill(model.bert.encoder.layer[1].intermediate.dense, rows=slice(0, 6))
-    monkeypatch.setattr(surgery, "fold_constant", lambda *arguments: None)
     with pytest.raises(CertificateError, match=r"first in module 'bert\.encoder\.layer\.1\.output\.dense'"):
         slim_model(model, tokens)
 
 
-def test_sabotaged_head_is_taken_back(make_bert, kill, tokens, monkeypatch):
+@pytest.mark.usefixtures("unfolded")
+def test_a_cut_that_fails_its_trial_is_taken_back_and_the_others_stay(make_bert, kill, tokens):
     model = make_bert()
     kill(model.bert.encoder.layer[0].attention.self.value, rows=slice(0, 6))
-    monkeypatch.setattr(surgery, "fold_constant", lambda *arguments: None)
+    kill(model.bert.encoder.layer[1].output.dense, columns=slice(0, 5))
     result = slim_model(model, tokens)
-    assert result.cuts == []
+    assert [(cut.kind, cut.after) for cut in result.cuts] == [("feed-forward units", 35)]
     (refusal,) = [refusal for refusal in result.refused if refusal.kind == "heads"]
-    assert "1 of 4 heads are dead but stay: with fewer heads the model's outputs differ by" in refusal.reason
+    assert "1 of 4 heads are dead but stay: without them the model's outputs differ by" in refusal.reason
     state = model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in result.model.state_dict().items())
+    assert all(torch.equal(t, state[n]) for n, t in result.model.state_dict().items() if n not in result.selections)
 
 
 def test_model_that_does_not_run_is_caught(model):

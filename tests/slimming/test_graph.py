@@ -84,7 +84,7 @@ def test_key_value_caches_are_outputs():
 
 
 def test_unknown_tracer_names_the_choices():
-    with pytest.raises(ConfigError, match=r"unknown tracer 'jitt'; did you mean 'jit'\? known: jit"):
+    with pytest.raises(ConfigError, match=r"unknown tracer 'jitt'; did you mean 'jit'\? known: export, jit"):
         trace(TwoLinears(), torch.rand(2, 3), tracer="jitt")
 
 

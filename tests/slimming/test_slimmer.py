@@ -39,7 +39,8 @@ def test_bert_loses_what_is_dead_and_says_what_stays(settings, make_bert, kill, 
             "2 of 12 rows are dead but stay: they belong to heads that stay, and all heads have the same size"
         ),
         (f"{start}.output.dense", "rows"): (
-            "1 of 24 rows are dead but stay: they feed a residual add; its width 24 is shared by 13 linears"
+            "1 of 24 rows are dead but stay: layer_norm bert.embeddings.LayerNorm normalises over all of them; "
+            "16 layers share their width"
         ),
     }
     attention = result.model.bert.encoder.layer[0].attention.self
@@ -48,9 +49,27 @@ def test_bert_loses_what_is_dead_and_says_what_stays(settings, make_bert, kill, 
     assert result.parameters_after == sum(p.numel() for p in result.model.parameters()) < result.parameters_before
     assert result.certificate.holds
     assert len(result.certificate.checks) == 4  # as given (batch 2), 1, 7, half the length
-    assert [item["kind"] for item in result.found] == ["feed-forward"] * 3 + ["attention"] * 2
+    assert [item["kind"] for item in result.found] == ["feed-forward"] * 3 + ["stream"] + ["attention"] * 2
     records = [result.found, [vars(c) for c in result.cuts], [vars(r) for r in result.refused], result.widths]
     assert json.loads(json.dumps([*records, result.certificate.summary()]))[0] == result.found
+
+
+def test_selections_say_what_was_kept_of_each_tensor(make_bert, kill, tokens):
+    model = damaged_bert(make_bert, kill)
+    result = slim_model(model, tokens)
+    old, new = dict(model.named_parameters()), dict(result.model.named_parameters())
+    start = "bert.encoder.layer.0"
+    assert result.selections[f"{start}.intermediate.dense.weight"][0].tolist() == list(range(10, 40))
+    assert result.selections[f"{start}.attention.output.dense.weight"][1].tolist() == list(range(6, 18))
+    assert result.created == ()
+    folded = [f"{start}.attention.output.dense.bias", f"{start}.output.dense.bias", "classifier.bias"]
+    assert list(result.folded) == folded
+    for name, parameter in new.items():
+        kept = old[name]
+        for dimension, indices in result.selections.get(name, {}).items():
+            assert indices.dtype == torch.int64
+            kept = kept.index_select(dimension, indices)
+        assert torch.equal(kept, parameter) == (name not in result.folded)
 
 
 def test_given_model_is_untouched(make_bert, kill, tokens):
@@ -106,7 +125,8 @@ def test_nothing_dead_nothing_cut(make_bert, tokens):
     result = slim_model(model, tokens)
     assert result.cuts == []
     assert result.refused == []
-    assert result.widths == {"linears": {}, "attributes": {}}
+    assert result.widths == {"layers": {}, "attributes": {}}
+    assert (result.selections, result.created, result.folded) == ({}, (), ())
     assert result.certificate.max_abs_difference == 0.0
 
 

@@ -12,6 +12,7 @@ from runs import make_driver, make_run, settings
 from toy import ToyTask
 
 from tritprune.criteria import SnipMomentum
+from tritprune.pruners import RetrainFreePruner
 from tritprune.training.loop import Loop, distillation_loss
 from tritprune.training.settings import Distillation
 
@@ -79,6 +80,29 @@ def test_after_the_last_mask_update_nothing_is_scored(tmp_path):
     run = make_run(tmp_path / "run", ToyTask(), settings())
     make_driver(run, tmp_path / "cache", criterion=Counting()).execute()
     assert Counting.calls == 12  # the 12 steps to end_step, none of the 4 after it
+
+
+def test_calibration_in_the_loop_has_no_dropout_no_clipping_and_no_teacher(tmp_path):
+    """Pruner retrain_free sees what calibrate() sees; nothing is trained until it has chosen, and then it is."""
+    task = ToyTask(dropout=0.5)
+    run = make_run(tmp_path, task, settings(clip=1e-3, distillation=Distillation(weight=1.0)))
+    model, twin, teacher = (task.build_model(0) for _ in range(3))
+    pruner, alone = (
+        RetrainFreePruner(net, include=["second"], end_step=8, exclude_head=False, pattern="channelx1")
+        for net in (model, twin)
+    )
+    chosen = []
+    pruner.on_update(lambda event: chosen.append({n: w.clone() for n, w in model.state_dict().items()}))
+    loop = Loop(run, model, run.settings.prune, name="prune", pruner=pruner, teacher=teacher)
+    batches = [task.collate("train", indices) for step in range(8) for indices in loop._batches.micro_batches(step)]
+    alone.calibrate(batches, lambda net, batch: task.loss(net(batch["x"]), batch))
+    loop.fit()
+    assert pruner.digest() == alone.digest()
+    assert alone.fisher_losses == pruner.fisher_losses
+    (after,) = chosen
+    assert all(torch.equal(after[name], weight) for name, weight in twin.state_dict().items())
+    assert not torch.equal(model.first.weight, after["first.weight"])  # the 8 steps after calibration
+    assert [r["stage"] for r in curves(tmp_path) if "loss/train" in r] == ["prune"] * 8 + ["recover"] * 8
 
 
 def test_training_in_bf16_gives_the_same_budget_and_plain_weights(tmp_path):

@@ -17,9 +17,12 @@ from rich.console import Console
 from rich.text import Text
 
 from tritprune.app.composition import PrunerMaker, composition, inline_files
+from tritprune.app.foresight import foresee
 from tritprune.app.plan_view import plan_view
 from tritprune.app.signals import StopRequest, stop_signals
+from tritprune.app.verdict_view import verdict_view
 from tritprune.errors import CheckpointError, ConfigError, InterruptedRunError, RunFolderError, TritpruneError
+from tritprune.export import require
 from tritprune.kernels import set_backend
 from tritprune.registry import did_you_mean
 from tritprune.report import console_epilogue, console_table, write_report
@@ -32,10 +35,11 @@ from tritprune.training.loop import Run, agree
 from tritprune.training.progress import Progress
 from tritprune.training.provenance import git_state
 from tritprune.training.settings import TrainingSettings
+from tritprune.training.verification import verify_run
 
 REFUSED, FAILED = 2, 1
 # A run's numbers do not depend on these, so that a resumed run may change them.
-BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins", "job", "plan")
+BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins", "job", "plan", "verify")
 
 
 def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console) -> int:
@@ -50,6 +54,8 @@ def run_and_tell(config: dict[str, Any], overrides: list[str], console: Console)
         if config["plan"]:
             attempt.show_plan()
             return 0
+        if config["verify"]:
+            return attempt.verify()
         with stop_signals(stop, console):
             attempt.execute(stop)
         return 0
@@ -106,15 +112,20 @@ class Attempt:
             torch.set_num_threads(settings.threads)
         _one_of("control", config["control"], (None, "random"))
         _one_of("slimmer.tracer", config["slimmer"]["tracer"], (None, *TRACERS))
+        for kind in config["slimmer"].get("export") or ():
+            require(str(kind))
         task = get_task(config["task"])
         tracker = get_tracker(config["tracker"])
+        make_pruner = PrunerMaker(config, settings, task)
         plan = Plan(
-            make_pruner=PrunerMaker(config, settings, task),
+            make_pruner=make_pruner,
             config=config,
             cache=Path(config["cache_dir"]),
             control=config["control"],
             tracer=config["slimmer"]["tracer"],
             init_from=Path(config["init_from"]) if config["init_from"] else None,
+            uniform=bool(config["slimmer"].get("uniform", False)),
+            exports=tuple(config["slimmer"].get("export") or ()),
         )
         AcceleratorState._reset_state()  # one process may run several jobs with different precisions
         accelerator = Accelerator(
@@ -125,6 +136,11 @@ class Attempt:
         progress = Progress(self.console, silent=not accelerator.is_main_process)
         with progress.status("reading the data"):
             task.prepare()
+            if plan.uniform and task.builder()["kind"] != "transformers":
+                raise ConfigError(
+                    f"slimmer.uniform=true is for models of transformers; task '{task.name}' has a model of its own, "
+                    "which tritprune.load loads at any widths"
+                )
             model = starting_model(task, config["seed"], plan.init_from)
             pruner = plan.make_pruner(model)
         self._folder = self._choose_folder(progress)
@@ -147,7 +163,7 @@ class Attempt:
             accelerator=accelerator,
             stop_requested=lambda: stop.reason,
         )
-        progress.say(composition(config, run, pruner))
+        progress.say(composition(config, run, pruner, make_pruner.auto))
         self._driver = Driver(run, plan)
         self._tracker = tracker
         if accelerator.is_main_process:
@@ -171,14 +187,25 @@ class Attempt:
         settings = TrainingSettings.from_config(config["training"])
         task = get_task(config["task"])
         init_from = Path(config["init_from"]) if config["init_from"] else None
-        pruner = PrunerMaker(config, settings, task)(starting_model(task, config["seed"], init_from))
-        plan = pruner.plan()
+        model = starting_model(task, config["seed"], init_from)
+        plan = PrunerMaker(config, settings, task)(model).plan()
+        foresights = foresee(model, plan, task.placeholder_inputs()) if config["slimmer"]["tracer"] else []
         if config["plan"] == "json":
-            self.console.print_json(json.dumps(asdict(plan)))
+            self.console.print_json(json.dumps({**asdict(plan), "slimmer": [asdict(one) for one in foresights]}))
             return
         words = [word for word in shlex.split(self.command) if not word.startswith("plan=")]
-        for part in plan_view(plan, shlex.join(words)):
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        for part in plan_view(plan, foresights, parameters, shlex.join(words)):
             self.console.print(part)
+
+    def verify(self) -> int:
+        """Hold a finished run against its records and show a verdict on each; the exit status."""
+        for plugin in self.config["plugins"]:
+            _import_plugin(plugin)
+        folder = Path(str(self.config["verify"]))
+        findings = verify_run(folder, tuple(self.config["plugins"]))
+        self.console.print(verdict_view(folder, findings))
+        return 0 if all(finding.holds for finding in findings) else FAILED
 
     def close(self, status: str, error: str, trace: str = "") -> Path | None:
         """Leave a run that did not finish in a state that says so; where the traceback is."""

@@ -11,7 +11,9 @@ from torch import nn
 from tritprune.errors import ConfigError
 from tritprune.neural_compressor.reading import read
 from tritprune.pruners import Pruner, get_pruner, pruners
-from tritprune.schedules import resolve_step
+from tritprune.registry import check_arguments
+from tritprune.schedules import resolve_steps
+from tritprune.slimming import AutoSlimConfig, parse_auto_slim_config
 from tritprune.tasks import Task
 from tritprune.training.loop import Run
 from tritprune.training.settings import TrainingSettings
@@ -37,6 +39,7 @@ class PrunerMaker:
 
     def __init__(self, config: Mapping[str, Any], settings: TrainingSettings, task: Task) -> None:
         self._config, self._settings, self._task = config, settings, task
+        self.auto: AutoSlimConfig | None = None
 
     def __call__(self, model: nn.Module, **replaced: Any) -> Pruner:
         """Build the pruner; ``criterion=`` replaces the composed one in every group.
@@ -48,27 +51,37 @@ class PrunerMaker:
         total = self._settings.prune.steps
         per_epoch = max(1, self._task.n_train // self._settings.batch_size)
         if chosen["name"] == NEURAL_COMPRESSOR:
+            if self._config["slimmer"].get("auto"):
+                raise ConfigError("slimmer=auto and pruner=neural_compressor both say what is pruned; use slimmer=jit")
             length = {"total_steps": total, "steps_per_epoch": per_epoch}
             own = {"name": NEURAL_COMPRESSOR, "config": chosen.get("config"), "seed": self._config["seed"]}
             return get_pruner({**own, **length, **replaced}, model)
-        if not replaced.keys().isdisjoint(_fixed(chosen["name"])):
+        if any(key in _fixed(chosen["name"]) and not _names(chosen["name"], key) for key in replaced):
             chosen["name"] = "iterative"  # a control: the same settings but for what is replaced
         values = {key: self._config[key] for key in AXES if _takes(chosen["name"], key)} | chosen
         values |= {"seed": self._config["seed"]} | replaced
-        for settings in (values, *(dict(g) for g in values.get("groups") or ())):
-            for key in ("start_step", "end_step"):
-                if settings.get(key) is not None:
-                    settings[key] = resolve_step(settings[key], total_steps=total, steps_per_epoch=per_epoch)
-                    if settings[key] > total:
-                        raise ConfigError(
-                            f"pruner.{key}={settings[key]} is past the end of training, training.prune.steps={total}"
-                        )
+        if self._config["slimmer"].get("auto"):
+            values["groups"] = [dict(group) for group in self._derived(model, chosen.get("groups"))]
+        values = resolve_steps(values, total_steps=total, steps_per_epoch=per_epoch, total_is="training.prune.steps")
         if replaced and values.get("groups"):
             values["groups"] = [{**group, **replaced} for group in values["groups"]]
         return get_pruner(values, model=model)
 
+    def _derived(self, model: nn.Module, groups: Any) -> AutoSlimConfig:
+        """The groups that slimmer=auto finds in the graph, the same for every model of this run."""
+        if groups:
+            raise ConfigError("slimmer=auto derives the groups from the graph; leave out pruner.groups, or the auto")
+        if self.auto is None:
+            settings = dict(self._config["slimmer"]["auto"])
+            check_arguments("slimmer.auto", parse_auto_slim_config, {"model": model, **settings})
+            device = next(model.parameters()).device
+            example = {k: v.to(device) for k, v in self._task.example_inputs(2).items()}
+            tracer = self._config["slimmer"]["tracer"]
+            self.auto = parse_auto_slim_config(model, example_inputs=example, tracer=tracer, **settings)
+        return self.auto
 
-def composition(config: Mapping[str, Any], run: Run, pruner: Pruner) -> Table:
+
+def composition(config: Mapping[str, Any], run: Run, pruner: Pruner, auto: AutoSlimConfig | None = None) -> Table:
     """What was composed, in a dozen lines."""
     settings, chosen = run.settings, config["pruner"]
     table = Table(
@@ -92,6 +105,9 @@ def composition(config: Mapping[str, Any], run: Run, pruner: Pruner) -> Table:
     if chosen["name"] == NEURAL_COMPRESSOR:
         besides = [*AXES, *(key for key in chosen if key not in ("name", "config"))]
         table.add_row("", f"as the Neural Compressor config says; {', '.join(besides)} of this config do not count")
+    if auto is not None:
+        refused = "; ".join(f"{refusal.where} ({refusal.reason})" for refusal in auto.refused)
+        table.add_row("", f"as the graph allows{': all but ' + refused if refused else ', nothing refused'}")
     elements = sum(layer.elements for layer in pruner.layers)
     table.add_row(
         "layers", f"{len(pruner.layers)} with {elements:,} weights are pruned, {len(pruner.excluded)} left out"
@@ -117,6 +133,11 @@ def _takes(name: str, key: str) -> bool:
     """Whether a pruner takes this part of the config, rather than having one of its own."""
     parameters = inspect.signature(pruners.get(name)).parameters.values()
     return key not in _fixed(name) and any(p.name == key or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _names(name: str, key: str) -> bool:
+    """Whether a pruner has an argument of this very name."""
+    return key in inspect.signature(pruners.get(name)).parameters
 
 
 def _fixed(name: str) -> Mapping[str, Any]:

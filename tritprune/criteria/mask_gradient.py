@@ -5,10 +5,15 @@ to it is ``dL/dm = sum_unit w g``: no mask parameter and no changed forward pass
 pull in opposite directions cancel, which ``snip_momentum`` (the sum of absolute values) does not see.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from tritprune.criteria.base import Criterion, Finish, Form, Reduce, register_criterion
 from tritprune.errors import ConfigError
+from tritprune.kernels import UnitGrid, accumulate_unit_scores_
 
 
 class MaskGradient(Criterion):
@@ -60,13 +65,55 @@ class RetrainFree(MaskGradient):
     """``S <- S + (sum_unit w g)^2``: the diagonal of the mask's empirical Fisher information over batches.
 
     Kwon et al. 2022, arXiv:2204.09656, eq. 8. Nothing is forgotten (alpha = 1): what counts is the sum over calibration
-    batches.
+    batches. Pruner ``retrain_free`` keeps the mask gradients of every batch and looks beyond the diagonal.
     """
 
     finish: ClassVar[Finish] = "square"
 
     def __init__(self) -> None:
         super().__init__(alpha=1.0, beta=1.0)
+
+    def mask_gradients(
+        self,
+        skipped: Tensor,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        blocks: Sequence[tuple[int, int]],
+        reduce: Reduce = "sum",
+    ) -> list[Tensor]:
+        """``dL/dm = sum_unit w g`` of one batch, signs included.
+
+        Args:
+            skipped: int64 ``[T]``; grows by each layer's elements with a non-finite gradient, which count as 0.
+            weights: ``[R, C]`` each.
+            gradients: like ``weights``.
+            blocks: ``(n, m)`` each.
+            reduce: ``sum``, or ``mean`` for the sum over the unit's size.
+
+        Returns:
+            fp32 ``[ceil(R / n), ceil(C / m)]`` each.
+        """
+        found = [
+            torch.zeros(
+                UnitGrid.of_blocks((weight.shape[0], weight.shape[1]), block).shape,
+                dtype=torch.float32,
+                device=weight.device,
+            )
+            for weight, block in zip(weights, blocks, strict=True)
+        ]
+        accumulate_unit_scores_(
+            found,
+            skipped,
+            list(weights),
+            list(gradients),
+            list(blocks),
+            form="product",
+            reduce=reduce,
+            alpha=0.0,
+            beta=1.0,
+            finish="none",
+        )
+        return found
 
 
 @register_criterion("movement")

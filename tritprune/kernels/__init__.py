@@ -11,10 +11,13 @@ the CPU (``compiled.py``, numba) and Triton launchers (``triton/``), imported wh
 | apply_masks_ | zeros where a unit is pruned |
 | count_violations | elements of pruned units that are not zero |
 | mask_statistics | kept and changed units |
+
+A mask is a bool a unit, or packed: a bit a unit (``packing.py``), which every operation on masks takes and makes.
 """
 
 from tritprune.kernels import checks, reference
 from tritprune.kernels.dispatch import BACKENDS, Op, get_backend, set_backend, use_backend
+from tritprune.kernels.packing import pack_mask, unpack_mask
 from tritprune.kernels.units import UnitGrid
 
 accumulate_unit_scores_ = Op(reference.accumulate_unit_scores_, checks.accumulate_unit_scores_)
@@ -39,6 +42,8 @@ __all__ = [
     "masks_from_threshold",
     "n_in_m_group_scores",
     "n_in_m_masks",
+    "pack_mask",
     "set_backend",
+    "unpack_mask",
     "use_backend",
 ]

@@ -6,14 +6,16 @@ A case makes its tensors anew on every call (in-place operations spoil them) and
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tritprune.kernels import reference
+from tritprune.kernels.packing import pack_mask
 from tritprune.kernels.reference import Block
+from tritprune.kernels.sampling import Sampling, use_sampling
 from tritprune.kernels.units import UnitGrid
 
 Arguments = dict[str, Any]
@@ -29,12 +31,14 @@ class Case:
         name: what is special about the case; unique within the operation.
         make: makes the keyword arguments on the CPU, from a generator seeded by the name.
         exact: whether every backend must give the same bits (scores of large units are summed in another order).
+        sampling: sizes under which it runs, so that a small input takes the paths of a large one; None: the usual ones.
     """
 
     op: str
     name: str
     make: Callable[[torch.Generator], Arguments]
     exact: bool = True
+    sampling: Sampling | None = None
 
     def arguments(self, device: torch.device | str = "cpu") -> Arguments:
         """Fresh keyword arguments on ``device``, with the strides and the alignment that the case asks for."""
@@ -44,7 +48,8 @@ class Case:
     def run(self, function: Callable[..., Any], device: torch.device | str = "cpu") -> list[Tensor]:
         """Call ``function`` on fresh arguments; everything that it returned or wrote, on the CPU."""
         arguments = self.arguments(device)
-        returned = function(**arguments)
+        with use_sampling(self.sampling):
+            returned = function(**arguments)
         if self.op == "accumulate_unit_scores_":
             results = [*arguments["scores"], arguments["skipped"]]
         elif self.op == "apply_masks_":
@@ -207,8 +212,8 @@ def _n_in_m_cases() -> Iterator[Case]:
     shapes = [*UGLY, *WIDE]
     for op in ("n_in_m_masks", "n_in_m_group_scores"):
         for n, m in ((2, 4), (1, 4), (5, 8), (3, 7), (9, 20)):
-            yield _n_in_m(op, f"{n}:{m}", n, m, shapes if m <= 8 else ((10, 7), (3, 130), *WIDE[:1]))
-        yield _n_in_m(op, "31:32", 31, 32, ((3, 130),))
+            yield _n_in_m(op, f"{n}:{m}", n, m, shapes if m <= 8 else ((10, 7), (3, 45)))
+        yield _n_in_m(op, "31:32", 31, 32, ((2, 70),))
         yield _n_in_m(op, "ties", 2, 4, shapes, values="ties")
         yield _n_in_m(op, "both signs", 2, 4, shapes, values="normal")
         yield _n_in_m(op, "ties of both signs", 3, 8, shapes, values="signed ties")
@@ -219,13 +224,28 @@ def _n_in_m_cases() -> Iterator[Case]:
         yield _n_in_m(op, "strided", 2, 4, shapes, layout="strided")
         yield _n_in_m(op, "unaligned address", 2, 4, WIDE, layout="offset")
         yield _n_in_m(op, "no layers", 2, 4, ())
+    for n, m in ((2, 4), (3, 8), (3, 7)):
+        yield _n_in_m("n_in_m_masks", f"packed {n}:{m}", n, m, shapes, packed=True)
+    for op in ("n_in_m_masks", "n_in_m_group_scores"):
+        for n, m in ((1, 2), (2, 4), (5, 8), (8, 16)):
+            yield _n_in_m(op, f"whole groups {n}:{m}", n, m, ((6, 80), (64, 64)), values="signed ties")
+    for n, m in ((1, 2), (2, 4), (5, 8), (8, 16)):
+        yield _n_in_m("n_in_m_masks", f"packed whole groups {n}:{m}", n, m, ((6, 80), (64, 64)), packed=True)
 
 
 def _n_in_m(
-    op: str, name: str, n: int, m: int, shapes: Sequence[Shape], values: str = "positive", layout: str = "plain"
+    op: str,
+    name: str,
+    n: int,
+    m: int,
+    shapes: Sequence[Shape],
+    values: str = "positive",
+    layout: str = "plain",
+    **options: Any,
 ) -> Case:
     def make(generator: torch.Generator) -> Arguments:
-        return {"scores": [_laid_out(_values(generator, shape, values), layout) for shape in shapes], "n": n, "m": m}
+        scores = [_laid_out(_values(generator, shape, values), layout) for shape in shapes]
+        return {"scores": scores, "n": n, "m": m, **options}
 
     return Case(op, name, make)
 
@@ -233,12 +253,42 @@ def _n_in_m(
 # --- thresholds
 
 
+SAMPLED = Sampling(least=1, units_per_sample=8, smallest=64, programs=4)
+"""A bracket for small inputs: what it takes in is a few percent."""
+
+
 def _kth_cases() -> Iterator[Case]:
     for name, make in _threshold_inputs():
         yield Case("kth_score", name, make)
+    even, flat = [UnitGrid.of_blocks((160, 48), (4, 1))], [UnitGrid.of_blocks((40, 48), (1, 1))]
+    several = [UnitGrid.of_blocks((9, 16), (1, 1)), *flat, UnitGrid.of_blocks((33, 40), (1, 1))]
+    mixed = [*flat, UnitGrid.of_blocks((71, 50), (4, 3)), UnitGrid(1, 12, 99, 64, 7, 7)]
+    for name, grids, share, values in (
+        ("the threshold is inside", even, 0.8, "positive"),
+        ("few of many go", several, 0.001, "positive"),
+        ("nearly all go", several, 0.999, "positive"),
+        ("mixed sizes", mixed, 0.5, "positive"),
+        ("mixed sizes of both signs", mixed, 0.9, "normal"),
+        ("ties", mixed, 0.65, "ties"),
+        ("all equal", even, 0.5, "zero"),
+        ("two values", several, 0.5, "two values"),
+        ("ascending", several, 0.3, "ascending"),
+        ("denormal", even, 0.6, "denormal"),
+        ("pruned and protected", mixed, 0.5, "infinities"),
+        ("just above the pruned", several, 0.302, "infinities"),
+        ("budget reaches the protected", several, 0.97, "infinities"),
+        ("candidates in one of many layers", [*even, *flat], 0.3, "layers apart"),
+    ):
+        yield Case("kth_score", f"sampled: {name}", _threshold_input(grids, share, values), sampling=SAMPLED)
+    for name, sampling in (
+        ("segments overflow", replace(SAMPLED, room=256)),
+        ("the bracket is too narrow", replace(SAMPLED, deviations=-1.2)),
+    ):
+        yield Case("kth_score", f"sampled: {name}", _threshold_input(several, 0.5), sampling=sampling)
 
 
 def _threshold_cases() -> Iterator[Case]:
+    packed = ("ragged", "even sizes", "several tiles of ties", "ties in mixed sizes", "unaligned address", "no layers")
     for name, make in _threshold_inputs():
 
         def with_threshold(generator: torch.Generator, make: Callable[..., Arguments] = make) -> Arguments:
@@ -248,6 +298,8 @@ def _threshold_cases() -> Iterator[Case]:
             return {**arguments, "threshold": threshold, "remainder": remainder}
 
         yield Case("masks_from_threshold", name, with_threshold)
+        if name in packed:
+            yield Case("masks_from_threshold", f"packed: {name}", lambda g, m=with_threshold: m(g) | {"packed": True})
 
 
 def _threshold_inputs() -> Iterator[tuple[str, Callable[[torch.Generator], Arguments]]]:
@@ -310,6 +362,10 @@ def _apply_cases() -> Iterator[Case]:
     yield _apply("transposed masks", (4, 1), mask_layout="transposed")
     yield _apply("nothing pruned", (4, 1), kept=1.0)
     yield _apply("everything pruned", (4, 1), kept=0.0, values="non-finite")
+    for block in ((4, 1), (1, 1), (1, 4), (5, 7), ("R", 1)):
+        yield _apply(f"packed {block[0]}x{block[1]}", block, packed=True)
+    yield _apply("packed transposed", (4, 1), layout="transposed", packed=True)
+    yield _apply("packed bfloat16", (4, 1), dtype=torch.bfloat16, packed=True)
     yield Case("apply_masks_", "no layers", lambda _: {"tensors": [], "masks": [], "blocks": []})
 
 
@@ -322,6 +378,7 @@ def _apply(
     mask_layout: str = "plain",
     values: str = "normal",
     kept: float = 0.4,
+    packed: bool = False,
 ) -> Case:
     shapes = [*UGLY, *WIDE]
     blocks = [_resolve(block, shape) for shape in shapes]
@@ -330,6 +387,7 @@ def _apply(
         grids = [UnitGrid.of_blocks(shape, block) for shape, block in zip(shapes, blocks, strict=True)]
         tensors = [_laid_out(_values(generator, shape, values).to(dtype), layout) for shape in shapes]
         masks = [_laid_out(torch.rand(grid.shape, generator=generator) < kept, mask_layout) for grid in grids]
+        masks = [pack_mask(mask) for mask in masks] if packed else masks
         return {"tensors": tensors, "masks": masks, "blocks": blocks}
 
     return Case("apply_masks_", name, make)
@@ -344,6 +402,8 @@ def _violation_cases() -> Iterator[Case]:
         yield _violations(values, (4, 1), values=values)
     yield _violations("bfloat16", (4, 1), dtype=torch.bfloat16)
     yield _violations("nothing pruned", (4, 1), kept=1.0)
+    for block in ((4, 1), (3, 5)):
+        yield _violations(f"packed {block[0]}x{block[1]}", block, packed=True)
     yield Case("count_violations", "no layers", lambda _: {"tensors": [], "masks": [], "blocks": []})
 
 
@@ -354,12 +414,16 @@ def _violations(name: str, block: tuple[int | str, int | str], **options: Any) -
 def _statistics_cases() -> Iterator[Case]:
     for layout in ("plain", "transposed", "strided", "offset"):
         yield _statistics(layout, [*UGLY, *WIDE, (90, 110)], layout)
+    yield _statistics("packed", [*UGLY, *WIDE, (90, 110)], "plain", packed=True)
     yield _statistics("no layers", (), "plain")
 
 
-def _statistics(name: str, shapes: Sequence[Shape], layout: str) -> Case:
+def _statistics(name: str, shapes: Sequence[Shape], layout: str, *, packed: bool = False) -> Case:
     def make(generator: torch.Generator) -> Arguments:
         masks = [[torch.rand(shape, generator=generator) < kept for shape in shapes] for kept in (0.3, 0.5)]
+        if packed:
+            masks = [[pack_mask(mask) for mask in several] for several in masks]
+            return {"masks": masks[0], "previous": masks[1]}
         return {"masks": [_laid_out(mask, layout) for mask in masks[0]], "previous": masks[1]}
 
     return Case("mask_statistics", name, make)
@@ -377,6 +441,9 @@ def _values(generator: torch.Generator, shape: Shape, kind: str) -> Tensor:
         "positive": lambda: normal.abs(),
         "zero": lambda: torch.zeros(shape),
         "ties": lambda: (normal.abs() * 2).floor(),
+        "two values": lambda: (some < 0.5).float(),
+        "ascending": lambda: torch.arange(normal.numel()).view(shape).float(),
+        "layers apart": lambda: some + shape[0],
         "signed ties": lambda: (normal * 2).round(),
         "signed zeros": lambda: torch.where(some < 0.5, -0.0, 0.0),
         "denormal": lambda: normal * 1e-39,

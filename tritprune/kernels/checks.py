@@ -6,6 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from tritprune.kernels.packing import is_packed, packed_length
 from tritprune.kernels.reference import Block, Finish, Form, Reduce
 from tritprune.kernels.units import UnitGrid
 
@@ -55,8 +56,9 @@ def accumulate_unit_scores_(
             raise ValueError(f"{op}: scores must be contiguous, got strides {score.stride()}")
 
 
-def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> None:
+def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int, *, packed: bool = False) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
+    del packed
     _n_in_m("n_in_m_masks", scores, n, m)
 
 
@@ -73,9 +75,10 @@ def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) 
 
 
 def masks_from_threshold(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor, *, packed: bool = False
 ) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
+    del packed
     op = "masks_from_threshold"
     _scores_of_grids(op, scores, grids)
     for name, tensor, dtype in (("threshold", threshold, torch.float32), ("remainder", remainder, torch.int64)):
@@ -90,8 +93,7 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Seq
     for tensor, mask, block in zip(tensors, masks, blocks, strict=True):
         _float(op, "tensor", tensor)
         _two_dimensions(op, "tensor", tensor)
-        _bool(op, "mask", mask)
-        _shape(op, "mask", mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block).shape)
+        _mask(op, mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block))
 
 
 def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
@@ -101,8 +103,7 @@ def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks:
     for tensor, mask, block in zip(tensors, masks, blocks, strict=True):
         _float(op, "tensor", tensor)
         _two_dimensions(op, "tensor", tensor)
-        _bool(op, "mask", mask)
-        _shape(op, "mask", mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block).shape)
+        _mask(op, mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block))
 
 
 def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None:
@@ -110,9 +111,12 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None
     op = "mask_statistics"
     _same_length(op, masks=masks, previous=previous)
     for mask, old in zip(masks, previous, strict=True):
-        _bool(op, "mask", mask)
-        _bool(op, "previous mask", old)
+        for name, each in (("mask", mask), ("previous mask", old)):
+            if each.dtype not in (torch.bool, torch.uint8):
+                raise ValueError(f"{op}: a {name} is bool or packed in uint8, got {_show(each)}")
         _shape(op, "previous mask", old, tuple(mask.shape))
+        if old.dtype != mask.dtype:
+            raise ValueError(f"{op}: both masks are bool or both packed, got {_show(mask)} and {_show(old)}")
 
 
 def _n_in_m(op: str, scores: Sequence[Tensor], n: int, m: int) -> None:
@@ -151,9 +155,15 @@ def _float(op: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: a {name} is float32, bfloat16 or float16, got {_show(tensor)}")
 
 
-def _bool(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.dtype != torch.bool:
-        raise ValueError(f"{op}: a {name} is bool, got {_show(tensor)}")
+def _mask(op: str, mask: Tensor, grid: UnitGrid) -> None:
+    if is_packed(mask):
+        _shape(op, f"packed mask of {grid.units} units", mask, (packed_length(grid.units),))
+        if not mask.is_contiguous():
+            raise ValueError(f"{op}: packed masks must be contiguous, got strides {mask.stride()}")
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{op}: a mask is bool or packed in uint8, got {_show(mask)}")
+    _shape(op, "mask", mask, grid.shape)
 
 
 def _one_of(op: str, name: str, value: str, known: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from tritprune.kernels import reference
+from tritprune.kernels.packing import is_packed, pack_mask, unpack_mask
 from tritprune.kernels.reference import SMALL_UNIT, Block, Finish, Form, Reduce
 from tritprune.kernels.units import UnitGrid
 
@@ -245,7 +246,7 @@ def _element_scores(values, w, g, form):
 # --- N:M
 
 
-def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
+def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int, *, packed: bool = False) -> list[Tensor]:
     """See :func:`tritprune.kernels.reference.n_in_m_masks`."""
     masks = [torch.empty(score.shape, dtype=torch.bool) for score in scores]
     _run(
@@ -256,7 +257,7 @@ def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
             for first, last in _pieces(*score.shape)
         ),
     )
-    return masks
+    return [pack_mask(mask) for mask in masks] if packed else masks
 
 
 def n_in_m_group_scores(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
@@ -424,7 +425,7 @@ def _size_of(unit, units, cols, row_size, last_row_size, col_size, last_col_size
 
 
 def masks_from_threshold(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor, *, packed: bool = False
 ) -> list[Tensor]:
     """See :func:`tritprune.kernels.reference.masks_from_threshold`."""
     masks = [torch.empty(grid.shape, dtype=torch.bool) for grid in grids]
@@ -441,7 +442,7 @@ def masks_from_threshold(
     for layer in sorted(tied, reverse=True):  # among equals the higher index goes first
         mask = masks[layer].view(-1).numpy()
         after = _keep_ties(mask, flat[layer], bound, after, int(remainder), *_sizes(grids[layer]))
-    return masks
+    return [pack_mask(mask) for mask in masks] if packed else masks
 
 
 @_compiled
@@ -534,7 +535,8 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tens
     jobs: list[tuple[Any, ...]] = []
     layers: list[int] = []
     for layer, (mask, old) in enumerate(zip(masks, previous, strict=True)):
-        own, before = (each.contiguous().view(-1).numpy() for each in (mask, old))
+        pair = [unpack_mask(each, (8 * each.numel(),)) if is_packed(each) else each for each in (mask, old)]
+        own, before = (each.contiguous().view(-1).numpy() for each in pair)
         for first, last in _runs(own.size):
             jobs.append((own, before, first, last))
             layers.append(layer)
@@ -596,6 +598,8 @@ def _plain(tensor: Tensor) -> np.ndarray:
 
 def _stored(tensor: Tensor, mask: Tensor, block: Block) -> tuple[np.ndarray, np.ndarray, Block]:
     """A tensor's own memory as integers of its width, its mask and its block, columns adjacent where they can be."""
+    if is_packed(mask):
+        mask = unpack_mask(mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block).shape)
     if tensor.t().is_contiguous() and not tensor.is_contiguous():
         tensor, mask, block = tensor.t(), mask.t(), (block[1], block[0])
     bits = tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()

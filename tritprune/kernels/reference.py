@@ -2,7 +2,8 @@
 
 Shapes: ``R x C`` is a weight view, ``n x m`` a block, ``rows x cols`` the grid of units (``rows = ceil(R / n)``,
 ``cols = ceil(C / m)``). Lists run over layers. Nothing here needs a GPU; on one, these functions may synchronise.
-The shapes that the docstrings name are checked once, in ``checks.py``, for every backend.
+The shapes that the docstrings name are checked once, in ``checks.py``, for every backend. A mask is bool of the shape
+of its grid, or packed (``packing.py``): uint8 ``[ceil(units / 8)]``.
 """
 
 import math
@@ -13,6 +14,7 @@ import torch
 from einops import reduce as einops_reduce  # pyright: ignore[reportUnknownVariableType]  (einops names an untyped callable)
 from torch import Tensor
 
+from tritprune.kernels.packing import is_packed, pack_mask, unpack_mask
 from tritprune.kernels.units import UnitGrid
 
 Form = Literal["magnitude", "gradient", "snip", "product"]
@@ -87,19 +89,20 @@ def accumulate_unit_scores_(
             score[units] = fresh
 
 
-def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
+def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int, *, packed: bool = False) -> list[Tensor]:
     """Prune the ``n`` lowest of every ``m`` consecutive columns; among equals the lower index stays.
 
     A shorter group of length L at the end of a row prunes ``floor(L * n / m)``.
-    Bytes to move: the scores once, one byte a mask element.
+    Bytes to move: the scores once, one byte (packed: one bit) a mask element.
 
     Args:
         scores: fp32 ``[R, C]`` each.
         n: how many go, ``0 < n < m``.
         m: length of a group.
+        packed: whether masks are made packed.
 
     Returns:
-        bool ``[R, C]`` each, True = keep.
+        bool ``[R, C]`` each, True = keep; or packed.
     """
     masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
     for score, mask in zip(scores, masks, strict=True):
@@ -107,7 +110,7 @@ def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
             quota = length * n // m
             for j, rank in enumerate(_ranks(score[:, columns], length)):
                 mask[:, columns][:, j::length] = rank >= quota
-    return masks
+    return [pack_mask(mask) for mask in masks] if packed else masks
 
 
 def n_in_m_group_scores(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
@@ -184,22 +187,23 @@ def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) 
 
 
 def masks_from_threshold(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor, *, packed: bool = False
 ) -> list[Tensor]:
     """Which units stay: those above the threshold, and of its equals those that the remainder does not reach.
 
     ``keep = score > threshold or (score == threshold and e > remainder)``, where ``e`` is the number of elements in
     the tied units from this one to the last one of the last layer: the highest index goes first.
-    Bytes to move: the scores once, one byte a unit.
+    Bytes to move: the scores once, one byte (packed: one bit) a unit.
 
     Args:
         scores: fp32, each of the shape of its grid.
         grids: the unit sizes.
         threshold: fp32 ``[]`` of :func:`kth_score`.
         remainder: int64 ``[]`` of :func:`kth_score`.
+        packed: whether masks are made packed.
 
     Returns:
-        bool, each of the shape of its grid, True = keep.
+        bool, each of the shape of its grid, True = keep; or packed.
     """
     masks = [score.contiguous() > threshold for score in scores]
     later = torch.zeros_like(remainder)
@@ -208,21 +212,21 @@ def masks_from_threshold(
         elements = later + grid.sizes_at(tied).flip(0).cumsum(0).flip(0)
         mask.view(-1)[tied] = elements > remainder
         later = elements[0] if len(elements) else later
-    return masks
+    return [pack_mask(mask) for mask in masks] if packed else masks
 
 
 def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
     """Zero every element of the pruned units, in place and in the same storage; also NaN, infinity and -0 become 0.
 
-    Bytes to move: one a unit, and the pruned elements once (they are written, never read).
+    Bytes to move: one (packed: an eighth) a unit, and the pruned elements once (they are written, never read).
 
     Args:
         tensors: fp32, bf16 or fp16 ``[R, C]`` each, any strides.
-        masks: bool ``[rows, cols]`` each, True = keep.
+        masks: bool ``[rows, cols]`` each, True = keep; or packed.
         blocks: ``(n, m)`` each.
     """
     for tensor, mask, (n, m) in zip(tensors, masks, blocks, strict=True):
-        gone = ~mask
+        gone = ~_unpacked(mask, tensor, (n, m))
         for height in _pieces(tensor.shape[0], n):
             for width in _pieces(tensor.shape[1], m):
                 part = tensor[height[1], width[1]]
@@ -237,11 +241,11 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Seq
 def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
     """How many elements of pruned units are not zero; NaN is not, -0 is.
 
-    Bytes to move: one a unit, and the tensors once.
+    Bytes to move: one (packed: an eighth) a unit, and the tensors once.
 
     Args:
         tensors: fp32, bf16 or fp16 ``[R, C]`` each, any strides.
-        masks: bool ``[rows, cols]`` each, True = keep.
+        masks: bool ``[rows, cols]`` each, True = keep; or packed.
         blocks: ``(n, m)`` each.
 
     Returns:
@@ -250,6 +254,7 @@ def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks:
     device = masks[0].device if masks else torch.device("cpu")
     counts = torch.zeros(len(masks), dtype=torch.int64, device=device)
     for layer, (tensor, mask, (n, m)) in enumerate(zip(tensors, masks, blocks, strict=True)):
+        mask = _unpacked(mask, tensor, (n, m))
         for height in _pieces(tensor.shape[0], n):
             for width in _pieces(tensor.shape[1], m):
                 part, gone = tensor[height[1], width[1]], ~mask[height[0], width[0]]
@@ -267,18 +272,30 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tens
     Bytes to move: both masks once.
 
     Args:
-        masks: bool, any shape.
-        previous: bool, of the same shapes.
+        masks: bool, any shape; or packed.
+        previous: of the same types and shapes.
 
     Returns:
         int64 ``[T, 2]``: kept and changed units of each layer.
     """
     device = masks[0].device if masks else torch.device("cpu")
     rows = [
-        torch.stack([torch.count_nonzero(mask), torch.count_nonzero(mask ^ old)])
+        torch.stack([torch.count_nonzero(each) for each in (_all_bits(mask), _all_bits(mask ^ old))])
         for mask, old in zip(masks, previous, strict=True)
     ]
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.int64, device=device)
+
+
+def _unpacked(mask: Tensor, tensor: Tensor, block: Block) -> Tensor:
+    """Bool ``[rows, cols]`` of a mask, whatever it is."""
+    if not is_packed(mask):
+        return mask
+    return unpack_mask(mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block).shape)
+
+
+def _all_bits(mask: Tensor) -> Tensor:
+    """Bool of every unit (and of spare bits, which are False)."""
+    return unpack_mask(mask, (8 * mask.numel(),)) if is_packed(mask) else mask
 
 
 def _element_scores(form: Form, weight: Tensor, gradient: Tensor | None) -> Tensor:

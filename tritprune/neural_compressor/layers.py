@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tritprune.errors import ConfigError
+from tritprune.patterns import plain_modules
 from tritprune.pruners.layers import Inventory
 from tritprune.registry import did_you_mean
 
@@ -27,7 +28,7 @@ def choose_layers(model: nn.Module, inventory: Inventory, values: Mapping[str, A
         ConfigError: an entry is no regular expression, an entry of ``op_names`` finds no layer, or a class name of
             ``pruning_op_types`` finds only layers that cannot be pruned.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(plain_modules(model, remove_duplicate=False))
     types = names_in("pruning_op_types", values["pruning_op_types"])
     layers = [name for name in inventory.order if _is_of(modules[name], types)]
     for word in types:

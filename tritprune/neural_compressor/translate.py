@@ -72,8 +72,21 @@ def translate(
         check_here("low_memory_usage", "setting", "score_dtype")
         settings["score_dtype"] = "bf16"
     if pruner == "retrain_free":
-        return pruner, settings
+        return pruner, _calibrated(settings, values, length)
     return pruner, {**settings, "criterion": criterion, **_times(values, length, criterion), "schedule": _decay(values)}
+
+
+def _calibrated(settings: dict[str, Any], values: Mapping[str, Any], length: Length) -> dict[str, Any]:
+    """Settings of pruner ``retrain_free``: the steps until ``end_step`` are its calibration batches."""
+    for key, theirs in (("regularizer", "reg_type"), ("score_dtype", "low_memory_usage")):
+        if key in settings:
+            raise ConfigError(
+                f"{theirs} does nothing with pruning_type 'retrain_free': no weight is trained; leave it out"
+            )
+    return {
+        **settings,
+        "end_step": _times({**values, "start_step": 0, "pruning_frequency": 1}, length, "retrain_free")["end_step"],
+    }
 
 
 def _kind(pruning_type: str) -> tuple[str, str | None]:

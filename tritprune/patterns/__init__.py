@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from tritprune.errors import UnknownNameError
+from tritprune.patterns.attentions import RECIPES, find_attentions, head_count
 from tritprune.patterns.base import Block, Pattern, Reduce, Site, set_reduction
 from tritprune.patterns.block import BlockPattern
-from tritprune.patterns.heads import RECIPES, HeadsPattern, find_attentions, head_count
+from tritprune.patterns.heads import HeadsPattern
 from tritprune.patterns.n_in_m import NInMPattern
+from tritprune.patterns.names import plain_modules, unwrapped
 from tritprune.patterns.views import Kind, WeightView, from_2d, kind_of, own_weight, to_2d, view_shape
 from tritprune.registry import Registry, did_you_mean
 
@@ -40,16 +42,18 @@ register_pattern("n_in_m")(NInMPattern)
 register_pattern("heads")(HeadsPattern)
 
 
-def get_pattern(config: str | Mapping[str, Any] | Pattern) -> Pattern:
+def get_pattern(config: str | Mapping[str, Any] | Pattern, modules: object = None) -> Pattern:
     """The pattern that ``config`` names.
 
     Args:
         config: a name, a shorthand (``4x1``, ``2:4``), a mapping with ``name`` and arguments, or a pattern as it is.
+        modules: taken for callers that pass them, and not needed: a pattern is given layers when it cuts them.
 
     Raises:
         UnknownNameError: unknown name; the message lists names and shorthands.
         ConfigError: a size below 1, N:M without 0 < N < M, an unknown argument.
     """
+    del modules
     if isinstance(config, Pattern):
         return config
     if isinstance(config, str) and config not in patterns:
@@ -83,8 +87,10 @@ __all__ = [
     "kind_of",
     "own_weight",
     "patterns",
+    "plain_modules",
     "register_pattern",
     "set_reduction",
     "to_2d",
+    "unwrapped",
     "view_shape",
 ]

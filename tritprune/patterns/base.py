@@ -38,12 +38,17 @@ class Site:
         views: the weight views whose elements the units are made of.
         blocks: ``(n, m)`` of each view: the block of its scores and of its mask.
         grid: the selectable units; the size of a unit is the number of elements that go with it.
+        unit_of_block: per view, the row-major unit that each of its row-major blocks belongs to; None: block i is of
+            unit i.
+        group: for heads, how many query heads are in a unit.
     """
 
     name: str
     views: tuple[WeightView, ...]
     blocks: tuple[Block, ...]
     grid: UnitGrid
+    unit_of_block: tuple[tuple[int, ...] | None, ...] = (None,)
+    group: int = 1
 
     @property
     def elements(self) -> int:
@@ -144,6 +149,25 @@ class Pattern:
     ) -> list[list[Tensor]]:
         """:meth:`layer_masks` of many sites; a pattern with a kernel for many layers overrides it."""
         return [self.layer_masks(*each) for each in zip(sites, keep, scores, masks, strict=True)]
+
+    def mask_view(self, site: Site) -> int | None:
+        """The view whose blocks are the units, so that ``sum_block w g`` is the gradient of a unit's mask.
+
+        Returns:
+            Its position in ``site.views``; None where no view has a block per unit (N:M).
+        """
+        (view, *others), (block, *_) = site.views, site.blocks
+        return 0 if not others and UnitGrid.of_blocks(view.shape, block) == site.grid else None
+
+    def alive_units(self, site: Site, alive: Sequence[Tensor]) -> Tensor:
+        """Units with anything in them: bool of the grid's shape.
+
+        Args:
+            site: where.
+            alive: bool, one per view, in the grid of that view's blocks: blocks with anything in them.
+        """
+        del site
+        return alive[0]
 
     def lasso_blocks(self, site: Site) -> tuple[Block, ...]:
         """``(n, m)`` per view of what a group lasso shrinks together: the blocks, unless a unit is larger."""

@@ -33,6 +33,11 @@ class BlockPattern(Pattern):
         self.m = _extent("m", m, self._config)
 
     @property
+    def block_size(self) -> list[int | str]:
+        """``[N outputs, M inputs]``."""
+        return [self.n, self.m]
+
+    @property
     def label(self) -> str:
         """``4x1``."""
         return f"{self.n}x{self.m}"

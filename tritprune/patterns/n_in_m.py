@@ -39,6 +39,16 @@ class NInMPattern(Pattern):
         self.n, self.m = count("n", n, config), count("m", m, config)
 
     @property
+    def N(self) -> int:  # noqa: N802 (as Neural Compressor calls it)
+        """How many of a group are pruned."""
+        return self.n
+
+    @property
+    def M(self) -> int:  # noqa: N802
+        """Inputs per group."""
+        return self.m
+
+    @property
     def label(self) -> str:
         """``2:4``."""
         return f"{self.n}:{self.m}"

@@ -5,6 +5,7 @@
 | iterative | along the schedule, from ``start_step`` to ``end_step`` |
 | one_shot | everything at ``start_step`` |
 | progressive | along the schedule, units fading in between |
+| retrain_free | after training: calibration batches choose, nothing is trained |
 | pattern_lock | never: the zeros that are there stay |
 | magnitude, snip, snip_momentum, block_mask | as ``iterative``, with that criterion |
 | heads | as ``iterative``, with pattern ``heads`` |
@@ -28,6 +29,7 @@ from tritprune.pruners.reports import (
     SparsityReport,
     sparsity_of,
 )
+from tritprune.pruners.retrain_free import RetrainFreePruner
 from tritprune.pruners.settings import GroupSettings
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "PrunedLayer",
     "Pruner",
     "PruningPlan",
+    "RetrainFreePruner",
     "SnipMomentumPruner",
     "SnipPruner",
     "SparsityCount",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tritprune.criteria import Criterion
 from tritprune.errors import CheckpointError, ConfigError, MaskMismatchError
 from tritprune.patterns import Pattern
-from tritprune.pruners.attachment import claim, release, torch_optimizer
+from tritprune.pruners.attachment import after_closure, claim, release, torch_optimizer
 from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.grouping import group_layers
 from tritprune.pruners.guard import (
@@ -197,6 +197,11 @@ class Pruner(SpecNames):
         }
 
     @property
+    def calibrating(self) -> bool:
+        """Whether optimizer steps only show gradients to the pruner and leave the weights alone."""
+        return False
+
+    @property
     def final_step(self) -> int:
         """The last step at which a mask can change."""
         return max(group.times.last for group in self._groups)
@@ -208,8 +213,16 @@ class Pruner(SpecNames):
             return self._groups[0].target_at(step)
         return sum(group.target_at(step) * group.elements for group in self._groups) / elements
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> "Pruner":
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer's steps are being followed."""
+        return self._optimizer is not None
+
+    def attach(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> "Pruner":
         """Go to work at every step of ``optimizer``; a prune step at step 0 happens now.
+
+        Args:
+            optimizer: torch's, one in a wrapper, or several, of which one has the weights to prune.
 
         Raises:
             ConfigError: attached already, the optimizer has none of the pruned weights, or another pruner is at work on
@@ -364,20 +377,35 @@ class Pruner(SpecNames):
             self._tell(event)
         self._begun = True
 
-    @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Scores: from the weights before the update, and only while a mask update is still to come."""
+    def _before_step(self, optimizer: torch.optim.Optimizer | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Scores: from the weights before the update; where the step is given a closure, from the gradients it makes.
+
+        Returns:
+            None, or the arguments of the step with the closure replaced.
+        """
         self._look()
+        self._skips_step = False
+        arguments = after_closure(args, kwargs, lambda: self._score(optimizer))
+        if arguments is None:
+            self._score(optimizer)
+        return arguments
+
+    @torch.no_grad()
+    def _score(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Fold weights and gradients into the scores, only while a mask update is still to come."""
         started = time.perf_counter()
         # A fused optimizer is given the loss scale and decides on the device whether to skip: then both are read here.
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         self._skips_step = isinstance(found_inf, Tensor) and bool(found_inf)
         if not self._skips_step:
-            for group in self._groups:
-                group.follow_device()
-                if group.scores_due(self.step + 1):
-                    group.update_scores_(scale)
+            self._update_scores(scale)
         self.last_timing = {"score": time.perf_counter() - started, "mask": 0.0}
+
+    def _update_scores(self, gradient_scale: Tensor | None) -> None:
+        for group in self._groups:
+            group.follow_device()
+            if group.scores_due(self.step + 1):
+                group.update_scores_(gradient_scale)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -391,6 +419,9 @@ class Pruner(SpecNames):
         due = [group for group in self._groups if group.times.due(self.step)]
         if due:
             self._report_watches()
+        for group in due:
+            if group.settings.regrow:  # what comes back starts from zero, not from what the optimizer made of it
+                group.apply_()
         event = self._update_masks(due) if due else None
         self._apply(optimizer)
         self.last_timing["mask"] = time.perf_counter() - started

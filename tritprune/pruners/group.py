@@ -144,7 +144,7 @@ class LayerGroup:
         self.without_gradient = {view.name for i, view in enumerate(self.views) if i not in set(present)}
         if not present:
             return
-        gradients = [self._gradient(self.views[i], gradient_scale) for i in present] if needs else None
+        gradients = [self.gradient_of(self.views[i], gradient_scale) for i in present] if needs else None
         skipped = torch.zeros(len(present), dtype=torch.int64, device=self.device)
         self.criterion.accumulate_(
             [flat[i] for i in present],
@@ -154,6 +154,10 @@ class LayerGroup:
             [self.blocks[i] for i in present],
             self.pattern.reduce,
         )
+        self.note_skipped(skipped)
+
+    def note_skipped(self, skipped: Tensor) -> None:
+        """Count gradient elements that were left out: int64 ``[T]``."""
         self._skipped += skipped.sum()
 
     def propose(self, step: int) -> Proposal:
@@ -165,14 +169,29 @@ class LayerGroup:
             [score.float() for score in self.pattern.all_unit_scores(self.sites, self.scores, known)],
             self.settings.normalize,
         )
-        before = [self.pattern.kept_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
-        pruned = [~kept for kept in before] if self.prunes and not regrow else None
-        held = [any(view.name in self.without_gradient for view in site.views) for site in self.sites]
-        keep = self._budget.select(self.target_at(step), unit_scores, pruned, held)
+        before = self.kept_units()
+        keep = self.select_units(step, unit_scores, before)
         masks = self.pattern.all_layer_masks(self.sites, keep, self.scores, known)
+        return self.proposal(keep, masks, unit_scores, before)
+
+    def kept_units(self) -> list[Tensor]:
+        """Units that the masks in force keep: bool of the grid's shape, per site."""
+        return [self.pattern.kept_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
+
+    def select_units(self, step: int, unit_scores: list[Tensor], before: list[Tensor]) -> list[Tensor]:
+        """The units of ``before`` that stay by the budget of ``step``: bool of the grid's shape, per site."""
+        pruned = [~kept for kept in before] if self.prunes and not self.settings.regrow else None
+        held = [any(view.name in self.without_gradient for view in site.views) for site in self.sites]
+        return self._budget.select(self.target_at(step), unit_scores, pruned, held)
+
+    def proposal(
+        self, keep: list[Tensor], masks: list[list[Tensor]], unit_scores: list[Tensor], before: list[Tensor]
+    ) -> Proposal:
+        """Units that stay and their masks, with everything about them that the host will want to know."""
         counts = measure(self.sites, keep, before, masks)
-        numbers = torch.cat([counts.flatten(), count_non_finite(unit_scores), self._skipped.view(1)])
-        return Proposal(keep, masks, numbers)
+        return Proposal(
+            keep, masks, torch.cat([counts.flatten(), count_non_finite(unit_scores), self._skipped.view(1)])
+        )
 
     def non_finite(self, numbers: list[int]) -> list[int]:
         """The part of a proposal's numbers that counts non-finite scores per site."""
@@ -264,7 +283,7 @@ class LayerGroup:
 
     def count(self) -> dict[str, LayerCount]:
         """Count the masks in force, by layer name."""
-        keep = [self.pattern.kept_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
+        keep = self.kept_units()
         return read_counts(self.sites, self.masks, keep, measure(self.sites, keep, keep, self.masks).tolist())
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,7 +336,8 @@ class LayerGroup:
                     f"it must stay between 0 and target_sparsity={settings.target_sparsity:g}"
                 )
 
-    def _gradient(self, view: WeightView, scale: Tensor | None) -> Tensor:
+    def gradient_of(self, view: WeightView, scale: Tensor | None) -> Tensor:
+        """A view's gradient ``[R, C]``, divided by what it was multiplied by."""
         gradient = view.parameter.grad
         assert gradient is not None
         gradient = view.to_2d(gradient.detach())

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from tritprune.errors import MaskMismatchError, MaskViolationError
 from tritprune.kernels import count_violations
-from tritprune.patterns import WeightView
+from tritprune.patterns import WeightView, plain_modules
 from tritprune.pruners.masks import LayerMask
 from tritprune.pruners.reports import LayerCount
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def check_other(model: nn.Module, masks: Mapping[str, LayerMask], step: int) -> 
         MaskMismatchError: it lacks a layer, or has it in another shape.
         MaskViolationError: a pruned weight of it is not zero.
     """
-    modules = {_plain(name): module for name, module in model.named_modules()}
+    modules = dict(plain_modules(model, remove_duplicate=False))
     views: list[WeightView] = []
     for name, mask in masks.items():
         view = WeightView.of(name, modules[name]) if name in modules else None
@@ -136,10 +134,3 @@ def check_other(model: nn.Module, masks: Mapping[str, LayerMask], step: int) -> 
     kept = [mask.mask.to(view.parameter.device) for view, mask in zip(views, masks.values(), strict=True)]
     counts = violations(views, kept, [mask.block for mask in masks.values()]).tolist()
     refuse({view.name: count for view, count in zip(views, counts, strict=True)}, step)
-
-
-def _plain(name: str) -> str:
-    """A module's name without the wrappers that put themselves before it."""
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name

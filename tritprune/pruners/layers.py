@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tritprune.errors import ConfigError
-from tritprune.patterns import WeightView, kind_of, own_weight
+from tritprune.patterns import WeightView, kind_of, own_weight, plain_modules, unwrapped
 
 HEAD_NAMES = ("classifier", "score", "head", "heads", "fc", "lm_head", "qa_outputs", "logits")
 """Dotted-name parts by which models call their classifier head."""
@@ -58,7 +58,7 @@ def take_inventory(model: nn.Module) -> Inventory:
     views: list[WeightView] = []
     excluded: list[Exclusion] = []
     order: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(model, remove_duplicate=False):
         reason = _unprunable(name, module, owners)
         view = WeightView.of(name, module)
         if reason is not None:
@@ -69,7 +69,7 @@ def take_inventory(model: nn.Module) -> Inventory:
             continue
         order.append(name)
     if not views and not excluded:
-        raise ConfigError(f"{type(model).__name__} has no Linear, Conv or Conv1D layer that could be pruned")
+        raise ConfigError(f"{type(unwrapped(model)).__name__} has no Linear, Conv or Conv1D layer that could be pruned")
     return Inventory(tuple(views), tuple(excluded), find_head(model), tuple(order))
 
 
@@ -80,15 +80,15 @@ def find_head(model: nn.Module) -> str | None:
     models without such a config the last Linear below a top-level name of :data:`HEAD_NAMES`, else the last Linear of a
     model that has more to prune than that.
     """
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = getattr(model, "config", None)
+    linears = [(name, module) for name, module in plain_modules(model) if isinstance(module, nn.Linear)]
+    config = getattr(unwrapped(model), "config", None)
     outputs = {getattr(config, key, None) for key in ("num_labels", "vocab_size")} - {None}
     if outputs:
         fitting = [name for name, module in linears if module.out_features in outputs]
         named = [name for name in fitting if not set(name.split(".")).isdisjoint(HEAD_NAMES)]
         return (named or fitting or [None])[-1]
     named = [name for name, _ in linears if name.split(".")[0] in HEAD_NAMES]
-    layers = [name for name, module in model.named_modules() if WeightView.of(name, module) is not None]
+    layers = [name for name, module in plain_modules(model) if WeightView.of(name, module) is not None]
     if named:
         return named[-1] if len(layers) > 1 else None
     return linears[-1][0] if linears and len(layers) > 1 else None
@@ -160,7 +160,7 @@ def _unmatched(what: str, glob: str, group: str, names: Sequence[str]) -> str:
 def _weight_owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """Every module that holds a given tensor as a parameter, by the tensor's id, in registration order."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(model, remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((name, module))
     return owners

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tritprune.errors import CheckpointError, MaskMismatchError, RunFolderError
 from tritprune.kernels import UnitGrid, apply_masks_
-from tritprune.patterns import Block, Kind, WeightView, from_2d, view_shape
+from tritprune.patterns import Block, Kind, WeightView, from_2d, plain_modules, view_shape
 
 FORMAT = "tritprune masks 1"
 
@@ -104,7 +104,7 @@ class MaskSet(Mapping[str, LayerMask]):
         Raises:
             MaskMismatchError: a layer that the model lacks, or whose weight has another shape.
         """
-        modules = dict(model.named_modules())
+        modules = dict(plain_modules(model, remove_duplicate=False))
         views: list[WeightView] = []
         for name, layer in self.items():
             view = WeightView.of(name, modules[name]) if name in modules else None

@@ -95,10 +95,9 @@ def _locked(group: LayerGroup) -> list[tuple[WeightView, Tensor]]:
             masks.append((site.views[0], _in_full_groups(present[0], group.pattern)))
             continue
         alive = [_any_of(own, block) for own, block in zip(present, site.blocks, strict=True)]
-        if len(alive) > 1:  # a head goes only with all its parts
-            whole = torch.stack([part.reshape(-1) for part in alive]).any(0)
-            alive = [whole.reshape(part.shape) for part in alive]
-        masks += zip(site.views, alive, strict=True)
+        keep = group.pattern.alive_units(site, alive)  # a head goes only with all its parts
+        blocks = [part.float() for part in alive]
+        masks += zip(site.views, group.pattern.layer_masks(site, keep, blocks, alive), strict=True)
     return masks
 
 

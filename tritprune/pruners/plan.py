@@ -8,7 +8,7 @@ from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.layers import Exclusion
 from tritprune.pruners.reports import LayerCount
 from tritprune.pruners.settings import SCORE_DTYPES
-from tritprune.selection import exact_budget, largest_unit
+from tritprune.selection import at_least, exact_budget, largest_unit
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class PlannedLayer:
         floor: fraction of zeros that it has at least in the end.
         cap: fraction of zeros that it has at most.
         locked: zeros that are there from the start and stay.
+        unit_size: weights that go with a unit, over all layers that it is in; None: units of several sizes.
+        least_units: units that go at least in the end; None with units of several sizes.
+        most_units: units that go at most; None with units of several sizes.
+        capped: whether the cap is the user's, and not just the most that the pattern can prune.
     """
 
     name: str
@@ -38,6 +42,10 @@ class PlannedLayer:
     floor: float
     cap: float
     locked: int
+    unit_size: int | None
+    least_units: int | None
+    most_units: int | None
+    capped: bool
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ class PruningPlan:
         for group in self.groups:
             last = group.steps[-1] if group.steps else None
             zeros = "nothing new is pruned" if last is None else f"{_between(last)} zeros at step {last.step}"
-            lines.append(f"{group.name}: {group.words}; {len(group.steps)} mask updates, {zeros}")
+            updates = "1 mask update" if len(group.steps) == 1 else f"{len(group.steps)} mask updates"
+            lines.append(f"{group.name}: {group.words}; {updates}, {zeros}")
         return "\n".join(lines)
 
 
@@ -158,10 +167,22 @@ def _layers(group: LayerGroup, counts: dict[str, LayerCount]) -> list[PlannedLay
             settings.min_layer_sparsity,
             min(settings.max_layer_sparsity, group.pattern.max_sparsity),
             counts[view.name].zeros,
+            *_unit_bounds(group, site),
+            settings.max_layer_sparsity < group.pattern.max_sparsity,
         )
         for site in group.sites
         for view in site.views
     ]
+
+
+def _unit_bounds(group: LayerGroup, site: Site) -> tuple[int | None, int | None, int | None]:
+    """The size of a unit, and how many units of a site go at least and at most in the end."""
+    settings, size = group.settings, site.grid.uniform_size
+    if size is None:
+        return None, None, None
+    least = -(-at_least(settings.min_layer_sparsity, site.elements) // size)
+    most = min(exact_budget(settings.max_layer_sparsity, site.elements), site.grid.elements) // size
+    return size, least, most
 
 
 def _group(group: LayerGroup) -> PlannedGroup:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tritprune.kernels import mask_statistics
-from tritprune.patterns import Site, kind_of
+from tritprune.patterns import Site, kind_of, plain_modules
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def sparsity_of(model: nn.Module, layers: Iterable[str]) -> SparsityReport:
         model: whose weights are counted.
         layers: names of the prunable layers; those that the model does not have count nothing.
     """
-    modules = dict(model.named_modules())
+    modules = dict(plain_modules(model, remove_duplicate=False))
     chosen = [modules[name] for name in layers if name in modules]
     prunable = _weights(chosen)
     linear_conv = _weights(module for module in modules.values() if kind_of(module) is not None)

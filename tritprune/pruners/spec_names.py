@@ -140,7 +140,7 @@ class SpecNames:
         """Scores, from the gradients and from the weights before the update. Does nothing while attached."""
         if self._optimizer is None:
             self.on_train_begin()
-            self._before_step(None)
+            self._before_step(None, (), {})
 
     def on_after_optimizer_step(self) -> None:
         """One step more; masks are updated if due, and applied. Does nothing while attached."""

@@ -47,7 +47,15 @@ def read_proposals(groups: Sequence[LayerGroup], targets: Sequence[int], step: i
     Raises:
         NonFiniteScoreError: a score is NaN or infinite.
     """
-    proposals = [group.propose(target) for group, target in zip(groups, targets, strict=True)]
+    return read(groups, [group.propose(target) for group, target in zip(groups, targets, strict=True)], step)
+
+
+def read(groups: Sequence[LayerGroup], proposals: Sequence[Proposal], step: int) -> list[Read]:
+    """Proposals with their numbers on the host, in one read.
+
+    Raises:
+        NonFiniteScoreError: a score is NaN or infinite.
+    """
     device = proposals[0].numbers.device
     host = iter(torch.cat([proposal.numbers.to(device) for proposal in proposals]).tolist())
     numbers = [[next(host) for _ in range(proposal.numbers.numel())] for proposal in proposals]

@@ -16,6 +16,7 @@ from tritprune.report.origin import reload_snippet, resume_command, short_path
 from tritprune.report.records import Result, final_row, items, metric_of, number, part, primary_metric, row_of
 from tritprune.report.words import (
     MISSING,
+    agreement,
     batches,
     count,
     decimal,
@@ -81,6 +82,10 @@ def console_epilogue(result: Result, run_folder: str | os.PathLike[str]) -> Rend
         lines.append(("curves", short_path(folder / str(curves))))
     if slim := artifacts.get("slim"):
         lines.append(("model", "; ".join(filter(None, reload_snippet(folder / str(slim)).splitlines()))))
+        if loads := part(result, "slim", "loads"):
+            lines.append(("", str(loads)))
+    for made in items(result, "exports"):
+        lines.append((str(made.get("kind")), f"{short_path(folder / str(made.get('path')))} ({agreement(made)})"))
     if command and status == "finished":
         lines.append(("again", command))
     elif command:

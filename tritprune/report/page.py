@@ -174,7 +174,7 @@ def _figures(result: Result) -> Html | None:
         if rate := speed(result, batch):
             times = [latency(row, batch) for row in (final, dense)]
             note = " ms against ".join(three(time[0]) for time in times if time) + " ms dense"
-            kind = {"faster": "", "slower": "slower: ", "as fast": "within the spread: "}[rate[1]]
+            kind = {"faster": "", "slower": "slower here: ", "as fast": "no faster here: "}[rate[1]]
             shown.append((f"Speed at batch {batch}", f"{rate[0]:.2f}{TIMES}", kind + note))
     cells = (tag("div", tag("dt", title), tag("dd", value), tag("dd", note or MISSING)) for title, value, note in shown)
     return tag("dl", *cells, class_="figures") if shown else None

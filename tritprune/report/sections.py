@@ -22,17 +22,20 @@ from tritprune.report.records import (
 from tritprune.report.words import (
     MISSING,
     TIMES,
+    agreement,
     batches,
     count,
     decimal,
     difference,
     digits,
     latency,
+    pace,
     percent,
     sampling_note,
     share,
     size_on_disk,
     sparsity,
+    speed,
     three,
 )
 
@@ -73,7 +76,7 @@ def results(result: Result) -> Html | None:
             _zeros_cell(row),
             tag("td", count(row.get("parameters")), tag("small", _fewer(result, row))),
             tag("td", size_on_disk(row.get("bytes"))),
-            *(_latency_cell(row, batch) for batch in sizes),
+            *(_latency_cell(row, batch, pace(speed(result, batch)) if row is final else "") for batch in sizes),
         ]
         body.append(tag("tr", *cells, class_="chosen" if row is final else None))
     return join((tag("h2", "Results"), table(heads, body), tag("p", _results_note(result), class_="note")))
@@ -115,11 +118,12 @@ def _fewer(result: Result, row: Mapping[str, Any]) -> str:
     return f"{percent(1 - after / before)} fewer" if before and after is not None and after < before else ""
 
 
-def _latency_cell(row: Mapping[str, Any], batch: str) -> Html:
+def _latency_cell(row: Mapping[str, Any], batch: str, verdict: str) -> Html:
     found = latency(row, batch)
     if found is None:
         return tag("td", MISSING)
-    return tag("td", three(found[0]), tag("small", f"{three(found[1])} to {three(found[2])}"))
+    spread = tag("small", f"{three(found[1])} to {three(found[2])}")
+    return tag("td", three(found[0]), spread, tag("small", verdict) if verdict else None)
 
 
 def curves_section(result: Result, curves: Curves) -> Html | None:
@@ -234,12 +238,15 @@ def slimming(result: Result) -> Html | None:
     slim = part(result, "slim")
     if not isinstance(slim, Mapping) or not slim:
         return None
-    parts = [tag("h2", "Slimming"), _certificate(part(slim, "certificate"))]
+    parts = [
+        tag("h2", "Slimming"),
+        _certificate(part(slim, "certificate"), part(slim, "loads"), items(result, "exports")),
+    ]
     parts.append(tag("div", _cuts(slim), _refused(slim), class_="two block"))
     return join(parts)
 
 
-def _certificate(certificate: Any) -> Html | None:
+def _certificate(certificate: Any, loads: Any, exports: list[Mapping[str, Any]]) -> Html | None:
     if not isinstance(certificate, Mapping):
         return None
     holds = bool(certificate.get("holds"))
@@ -257,6 +264,8 @@ def _certificate(certificate: Any) -> Html | None:
         if certificate.get("inputs") is None
         else f"{certificate.get('inputs')} fixed inputs, every output",
         "Outputs, SHA-256": certificate.get("outputs_sha256"),
+        "Loads with": loads,
+        "Also as": "; ".join(_exported(made) for made in exports),
     }
     rows = (
         join((tag("dt", key), tag("dd", tag("code", value) if "SHA" in key else value)))
@@ -264,6 +273,10 @@ def _certificate(certificate: Any) -> Html | None:
         if value
     )
     return tag("dl", tag("strong", claim), *rows, class_="certificate" if holds else "certificate broken")
+
+
+def _exported(made: Mapping[str, Any]) -> str:
+    return f"{made.get('kind')}: {made.get('path')} ({size_on_disk(made.get('bytes'))}, {agreement(made)})"
 
 
 def _cuts(slim: Mapping[str, Any]) -> Html:

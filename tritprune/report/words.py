@@ -145,6 +145,24 @@ def speed(result: Result, batch: str) -> tuple[float, str] | None:
     return factor, ("faster" if factor > 1 else "slower") if apart else "as fast"
 
 
+def agreement(made: Mapping[str, Any]) -> str:
+    """How an exported file was compared: "same outputs on 3 inputs", "differs by at most 9.5e-07 on 3 inputs"."""
+    apart = number(made.get("max_abs_difference"))
+    if apart is None:
+        return "not compared"
+    said = f"differs by at most {apart:.1e}" if apart else "same outputs"
+    return f"{said} on {digits(made.get('inputs'))} inputs"
+
+
+def pace(rate: tuple[float, str] | None) -> str:
+    """What :func:`speed` found, as a verdict: "1.36x faster", "slower here: 0.90x", "no faster here: 1.01x"."""
+    if rate is None:
+        return ""
+    factor, kind = rate
+    words = {"faster": f"{factor:.2f}x faster", "slower": f"slower here: {factor:.2f}x"}
+    return words.get(kind, f"no faster here: {factor:.2f}x")
+
+
 def difference(result: Result, row: Mapping[str, Any] | None) -> str:
     """The primary metric against dense: "−4.0 points", or "" for the dense row and where one is missing."""
     before, after = metric_of(result, row_of(result, "dense")), metric_of(result, row)
@@ -199,7 +217,7 @@ def _speed_words(rates: Mapping[str, tuple[float, str]]) -> list[str]:
     last = ""
     for batch, (factor, kind) in rates.items():
         if kind == "as fast":
-            text = f"as fast as dense within the spread ({factor:.2f}x)"
+            text = f"no faster here ({factor:.2f}x, within the spread)"
         elif kind == "faster":
             text = f"{factor:.2f}x" + ("" if last == kind else " faster")
         else:

@@ -1,8 +1,11 @@
 """Slimming: cut what a mask left dead out of a model, and prove that the outputs stay the same."""
 
-from tritprune.slimming.certificate import Certificate, certify, check_saved
+from tritprune.slimming.auto_slim import AutoSlimConfig, model_slim, parse_auto_slim_config
+from tritprune.slimming.certificate import Certificate, certify, check_saved, saved_inputs
+from tritprune.slimming.keras_head import ClassifierHeadSearcherTF
 from tritprune.slimming.latency import Latency, measure, measure_together
 from tritprune.slimming.leftovers import Refusal
+from tritprune.slimming.optimizer_state import Carried, slim_optimizer
 from tritprune.slimming.searchers import (
     ClassifierHeadSearcher,
     JitBasicSearcher,
@@ -16,8 +19,11 @@ from tritprune.slimming.searchers import (
 from tritprune.slimming.slimmer import Cut, SlimResult, slim, slim_model
 
 __all__ = [
+    "AutoSlimConfig",
+    "Carried",
     "Certificate",
     "ClassifierHeadSearcher",
+    "ClassifierHeadSearcherTF",
     "Cut",
     "JitBasicSearcher",
     "Latency",
@@ -32,7 +38,11 @@ __all__ = [
     "get_common_module",
     "measure",
     "measure_together",
+    "model_slim",
+    "parse_auto_slim_config",
     "print_iterables",
+    "saved_inputs",
     "slim",
     "slim_model",
+    "slim_optimizer",
 ]

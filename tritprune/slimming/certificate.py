@@ -75,11 +75,20 @@ class Certificate:
             "outputs_sha256": self.outputs_sha256,
         }
 
-    def save(self, folder: str | Path) -> None:
+    @property
+    def largest_in_modules(self) -> float:
+        """The largest absolute difference of any module's output on any input."""
+        return max((check.largest_in_modules for check in self.checks), default=0.0)
+
+    def save(self, folder: str | Path, *, files: Sequence[str] = ()) -> None:
         """Write ``certificate.json`` and ``certificate.safetensors`` (inputs and slim outputs) into ``folder``.
 
+        Args:
+            folder: made if it is missing.
+            files: names of files in ``folder`` whose SHA-256 the record keeps: what the certificate is about.
+
         Raises:
-            RunFolderError: the folder cannot be written.
+            RunFolderError: the folder cannot be written, or a file cannot be read.
         """
         from safetensors import SafetensorError  # here: slimming itself needs no more than torch
         from safetensors.torch import save_file
@@ -99,6 +108,7 @@ class Certificate:
                 **self.summary(),
                 "checks": [asdict(check) for check in self.checks],
                 "calls": calls,
+                "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
                 "tensors_sha256": hashlib.sha256(temporary.read_bytes()).hexdigest(),
             }
             temporary.replace(folder / TENSORS)
@@ -158,6 +168,15 @@ def check_saved(model: nn.Module, folder: str | Path) -> bool:
     return True
 
 
+def saved_inputs(folder: str | Path) -> list[ModelInputs]:
+    """The inputs of the certificate that was saved in ``folder``.
+
+    Raises:
+        CheckpointError: the certificate is missing or damaged.
+    """
+    return [inputs for inputs, _ in _load(Path(folder))]
+
+
 def _load(folder: Path) -> list[tuple[ModelInputs, dict[str, Tensor]]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -176,6 +195,12 @@ def _load(folder: Path) -> list[tuple[ModelInputs, dict[str, Tensor]]]:
                 chosen.update({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
             given = ModelInputs(call["form"], call["values"]).with_tensors(parts["in"])
             cases.append((given, {name: parts["out"][name] for name in record["checks"][i]["outputs"]}))
+        for key, sides in (
+            ("inputs_sha256", [given.tensors() for given, _ in cases]),
+            ("outputs_sha256", [made for _, made in cases]),
+        ):
+            if sha256({f"{i}/{name}": t for i, side in enumerate(sides) for name, t in side.items()}) != record[key]:
+                raise CheckpointError(f"the certificate in {folder} is damaged: its tensors are not those of {key}")
     except FileNotFoundError as error:
         raise CheckpointError(f"no certificate in {folder}: {Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError) as error:

@@ -1,8 +1,8 @@
 """Feed-forward blocks in a traced graph: one or more linears, element-wise operations, one linear.
 
 A block is found from its last linear (the root) backwards. Everything between the linears works element by element, so
-unit j of the first linears' outputs reaches the root only as its input j. The block can lose units if nothing else
-reads what is in between.
+unit j of the first linears' outputs reaches the root only as its input j. The first linear may also make two halves,
+one of which gates the other.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from tritprune.slimming.elementwise import is_elementwise
-from tritprune.slimming.graph import Graph, Node, Value
-from tritprune.slimming.linears import Linears, describe
+from tritprune.slimming.linears import Linears
+from tritprune.slimming.nodes import Graph, Node, Value
+
+HALVES = ("chunk", "split", "slice", "glu", "split_with_sizes", "tensor_split")
+FLATTENINGS = ("view", "reshape", "flatten", "_unsafe_view")
 
 
 @dataclass(frozen=True)
@@ -21,80 +24,47 @@ class FeedForward:
     Args:
         root: name of the linear that reads the units.
         frontier: names of the linears that make them, in order of execution; two in a gated block.
-        frontier_values: what each of them makes, by its name in the graph.
-        nodes: the element-wise operations in between, in order of execution.
-        end: what the root reads, by its name in the graph.
-        obstacle: why no unit can be cut; None if units can be cut.
     """
 
     root: str
     frontier: tuple[str, ...]
-    frontier_values: tuple[str, ...]
-    nodes: tuple[Node, ...]
-    end: str
-    obstacle: str | None
 
 
 def find_feed_forward(graph: Graph, model: nn.Module) -> list[FeedForward]:
     """Every feed-forward block of ``model``, in order of execution, cuttable or not."""
     linears = Linears(graph, model)
     blocks = (_block(node, name, linears) for node in graph.nodes if (name := linears.name(node)) is not None)
-    return [block for block in blocks if block is not None]
+    return list(dict.fromkeys(block for block in blocks if block is not None))
 
 
 def _block(root: Node, name: str, linears: Linears) -> FeedForward | None:
     """The block that ends in ``root``; None if something else than element-wise operations leads to it."""
-    graph, end = linears.graph, root.inputs[0]
-    region: dict[int, Node] = {}
+    graph, end = linears.graph, linears.input(root)
+    region: set[int] = set()
     frontier: dict[int, Node] = {}
     waiting = [end]
     while waiting:
         value = waiting.pop()
         node = graph.producer(value)
-        if node is None or value.shape != end.shape:
+        if node is None:
             return None
         if linears.name(node) is not None:
             frontier[node.index] = node
             continue
-        if not is_elementwise(node):
+        same_width = value.rank and node.inputs[0].rank and value.shape[-1:] == node.inputs[0].shape[-1:]  # type: ignore[index]
+        passes = is_elementwise(node) or (node.kind in FLATTENINGS and same_width) or node.kind in HALVES
+        if not passes:
             return None
         if node.index not in region:
-            region[node.index] = node
-            waiting += [operand for operand in node.inputs if not _is_plain(operand)]
-    first = [frontier[index] for index in sorted(frontier)]
-    names = tuple(str(linears.name(node)) for node in first)
-    nodes = tuple(region[index] for index in sorted(region))
-    obstacle = _obstacle(root, name, names, nodes, first, linears)
-    return FeedForward(name, names, tuple(node.output.name for node in first), nodes, end.name, obstacle)
-
-
-def _obstacle(
-    root: Node, name: str, names: tuple[str, ...], nodes: tuple[Node, ...], frontier: list[Node], linears: Linears
-) -> str | None:
-    for linear in (name, *names):
-        reason = linears.obstacle(linear)
-        if reason is not None:
-            return f"{linear} cannot change its size: {reason}"
-    inside = {node.index for node in nodes} | {root.index}
-    for node in (*frontier, *nodes):
-        for value in node.outputs:
-            if linears.graph.is_output(value):
-                return "the model also returns them"
-            others = [n for n in linears.graph.consumers(value) if n.index not in inside and not _reads_a_count(n)]
-            if others:
-                also = ", ".join(dict.fromkeys(describe(other, linears) for other in others))
-                return f"their values are read outside of the block too, by {also}"
-    return None
+            region.add(node.index)
+            tensors = [v for v in node.inputs if not _is_plain(v)]
+            if any(is_elementwise(node) and v.shape != value.shape for v in tensors):
+                return None
+            waiting += tensors[:1] if not is_elementwise(node) else tensors
+    names = [str(linears.name(frontier[index])) for index in sorted(frontier)]
+    return FeedForward(name, tuple(dict.fromkeys(names)))
 
 
 def _is_plain(value: Value) -> bool:
     """A number, not a tensor with units: plain constants and 0-d tensors."""
-    return value.is_constant and (not hasattr(value.constant, "shape") or value.constant.dim() == 0)
-
-
-def _reads_a_count(node: Node) -> bool:
-    """Whether ``node`` reads the size of a dimension other than the last, which cutting units leaves alone."""
-    shape = node.inputs[0].shape
-    if node.kind != "size" or shape is None or len(node.inputs) < 2 or not isinstance(node.inputs[1].constant, int):
-        return False
-    return node.inputs[1].constant % len(shape) != len(shape) - 1
+    return (value.is_constant and value.rank == 0) or (value.shape is None and not value.items)

@@ -1,18 +1,15 @@
-"""Dead rows and columns that stay, and why: one entry per linear and side, so that the report is honest and short."""
+"""What is dead but stays, and why: so that the report is honest and short."""
 
 from dataclasses import dataclass
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from tritprune.slimming.attention import Attention
-from tritprune.slimming.elementwise import base_kind, is_elementwise
-from tritprune.slimming.feed_forward import FeedForward
-from tritprune.slimming.graph import Graph, Node, Value
-from tritprune.slimming.linears import Linears, describe
-from tritprune.slimming.surgery import zero_columns, zero_rows
-
-WIDTH_KEEPING = ("layer_norm", "rms_norm", "select", "slice", "mean", "index", "expand", "embedding")
-"""Operations through which a tensor's last axis stays the same axis, besides the element-wise ones."""
+from tritprune.slimming.linears import is_linear
+from tritprune.slimming.places import Place, count_heads, first_atoms
+from tritprune.slimming.units import Units
+from tritprune.slimming.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -30,121 +27,121 @@ class Refusal:
     reason: str
 
 
-def explain_leftovers(
-    graph: Graph, model: nn.Module, blocks: list[FeedForward], attentions: list[Attention]
-) -> list[Refusal]:
-    """One refusal for each linear that still has dead rows, and one for each that still has dead columns.
-
-    Args:
-        graph: the trace of the model before it was cut.
-        model: the model after it was cut; the same module names.
-        blocks: the feed-forward blocks of the trace.
-        attentions: the attention blocks of the trace.
-    """
-    linears = Linears(graph, model)
-    explainer = _Explainer(linears, blocks, attentions)
-    refusals: list[Refusal] = []
-    for name, linear in linears.modules.items():
-        for kind, dead, why in (
-            ("rows", zero_rows(linear), explainer.why_rows_stay),
-            ("columns", zero_columns(linear), explainer.why_columns_stay),
-        ):
-            count = int(dead.sum())
-            if count and not explainer.is_last_unit(name, kind, len(dead)):
-                refusals.append(Refusal(kind, name, f"{count} of {len(dead)} {kind} are dead but stay: {why(name)}"))
+def explain_leftovers(units: Units, places: list[Place]) -> list[Refusal]:
+    """The dead heads, and the rows and columns of zeros that stay, with the reasons; each dead thing once."""
+    walk = units.last_walk
+    _, why = units.dead(walk)
+    told = np.zeros(units.weights.size, bool)
+    refusals = [*_kept_units(units, places, told), *_dead_heads(units, places, told)]
+    heads = {place.family for place in places if place.attentions}
+    for name, module in units.model.named_modules():
+        if is_linear(module) or isinstance(module, nn.modules.conv._ConvNd):
+            refusals += _of_layer(units, walk, name, module, why, told, heads)
     return refusals
 
 
-class _Explainer:
-    """Reads the graph around a linear and puts into words what ties its outputs or inputs to others."""
+def _kept_units(units: Units, places: list[Place], told: np.ndarray) -> list[Refusal]:
+    """One entry for each place where a unit stays although all are dead, or to round a width."""
+    refusals: list[Refusal] = []
+    for place in places:
+        members = units.members(place.family)
+        reasons: dict[str, int] = {}
+        for unit in members:
+            if unit in units.kept and not units.weights.gone[unit]:
+                reasons[units.kept[unit]] = reasons.get(units.kept[unit], 0) + 1
+                told |= units.unit == unit
+        for reason, count in reasons.items():
+            if place.attentions:
+                text = reason.replace("units", "heads")
+                kind, where = "heads", place.attentions[0].where
+            else:
+                kind, where, text = "units", place.readers[0], reason
+            if "multiples" in reason:
+                text = f"{count} of {len(members)} {kind} are dead but stay: {reason}"
+            refusals.append(Refusal(kind, where, text))
+    return refusals
 
-    def __init__(self, linears: Linears, blocks: list[FeedForward], attentions: list[Attention]) -> None:
-        self.linears, self.graph = linears, linears.graph
-        self._of_root = {block.root: block for block in blocks}
-        self._of_frontier: dict[str, list[FeedForward]] = {}
-        for block in blocks:
-            for name in block.frontier:
-                self._of_frontier.setdefault(name, []).append(block)
-        self._feeding = {n: a for a in attentions for n in (*a.query, *a.key, *a.value)}
-        self._merging = {attention.output: attention for attention in attentions}
 
-    def is_last_unit(self, name: str, kind: str, width: int) -> bool:
-        """Whether this is the one unit of a block without live units, which is reported with the block."""
-        root = self._of_root.get(name)
-        blocks = self._of_frontier.get(name, []) if kind == "rows" else [root] if root else []
-        return width == 1 and any(block.obstacle is None for block in blocks)
+def _dead_heads(units: Units, places: list[Place], told: np.ndarray) -> list[Refusal]:
+    """One entry for each attention that has heads which its output linear can do without, and keeps them."""
+    refusals: list[Refusal] = []
+    for place in places:
+        for attention in place.attentions:
+            heads = _staying(units, attention, told)
+            reasons: dict[str, int] = {}
+            for atoms in heads:
+                atom = int(atoms[0])
+                reason = units.reason(atom) or units.tie(atom) or "other heads need the keys and values that they share"
+                reasons[reason] = reasons.get(reason, 0) + 1
+                told[atoms] = True
+                if units.reason(atom):
+                    told |= units.unit == units.unit[atom]
+            total = count_heads(units, attention).before
+            refusals += [
+                Refusal("heads", attention.where, f"{count} of {total} heads are dead but stay: {reason}")
+                for reason, count in reasons.items()
+            ]
+    return refusals
 
-    def why_rows_stay(self, name: str) -> str:
-        """Why outputs of the linear cannot be removed."""
-        node = self.linears.node(name)
-        if node is None:
-            return str(self.linears.obstacle(name))
-        if name in self._feeding:
-            return self._about_heads(self._feeding[name])
-        if name in self._of_frontier:
-            blocks = self._of_frontier[name]
-            if len(blocks) > 1:
-                return f"they feed {len(blocks)} linears at once: {', '.join(block.root for block in blocks)}"
-            return blocks[0].obstacle or "their units live through the other linears of the block"
-        value = node.output
-        while True:
-            if self.graph.is_output(value):
-                return "they are the model's outputs"
-            readers = [reader for reader in self.graph.consumers(value) if reader.kind != "size"]
-            if not readers:
-                return "nothing reads them on the example inputs"
-            if len(readers) > 1:
-                return f"they are read by {self._names(readers)}"
-            reader = readers[0]
-            parameters = [operand.parameter for operand in reader.inputs if operand.parameter]
-            if is_elementwise(reader) and parameters:
-                return f"{base_kind(reader)} combines them with the parameter {parameters[0]}"
-            if base_kind(reader) == "add" and not any(operand.is_constant for operand in reader.inputs[:2]):
-                return f"they feed a residual add; {self._sharers(reader.output)}"
-            if not is_elementwise(reader):
-                return f"they feed {describe(reader, self.linears)}, which needs the whole width"
-            value = reader.output
 
-    def why_columns_stay(self, name: str) -> str:
-        """Why inputs of the linear cannot be removed."""
-        node = self.linears.node(name)
-        if node is None:
-            return str(self.linears.obstacle(name))
-        if name in self._merging:
-            return self._about_heads(self._merging[name])
-        if name in self._of_root:
-            return str(self._of_root[name].obstacle)
-        value = node.inputs[0]
-        producer = self.graph.producer(value)
-        if producer is None:
-            return "they read the model's input"
-        return f"they read the output of {describe(producer, self.linears)}; {self._sharers(value)}"
+def _staying(units: Units, attention: Attention, told: np.ndarray) -> list[np.ndarray]:
+    """The atoms that the output linear reads, head by head, of the heads that it can do without and that stay."""
+    atoms, fine = units.can_do_without(str(attention.output), units.last_walk)
+    queries = first_atoms(units, attention.queries)
+    if not len(atoms) or queries is None or len(atoms) % len(queries):
+        return []
+    heads, dead = atoms.reshape(len(queries), -1), fine.reshape(len(queries), -1).all(axis=1)
+    return [head for head in heads[dead] if not units.weights.gone[head].any() and not told[head[0]]]
 
-    def _about_heads(self, attention: Attention) -> str:
-        if attention.obstacle is not None:
-            return f"they belong to heads that cannot be cut: {attention.obstacle}"
+
+def _of_layer(
+    units: Units, walk: Walk, name: str, module: nn.Module, why: dict[int, str], told: np.ndarray, heads: set[int]
+) -> list[Refusal]:
+    refusals: list[Refusal] = []
+    parameter = units.parameter_name(module.weight)  # type: ignore[arg-type]
+    if parameter is None:  # nothing reads it
+        for kind, dim in (("rows", 0), ("columns", 1)):
+            weight: Tensor = module.weight.detach()  # type: ignore[operator]
+            zero = ~(weight != 0).transpose(0, dim).flatten(1).any(1)
+            if zero.any():
+                count = f"{int(zero.sum())} of {len(zero)} {kind} are dead but stay"
+                refusals.append(Refusal(kind, name, f"{count}: it does not run on the example inputs"))
+        return refusals
+    turned = type(module).__name__ == "Conv1D" or getattr(module, "transposed", False)
+    for kind, dim in (("rows", int(turned)), ("columns", 1 - int(turned))):
+        atoms = units.dims[parameter, dim]
+        gone = units.weights.gone[atoms]
+        zero = units.weights.zeros(parameter, dim) & ~gone
+        reasons: dict[str, int] = {}
+        for atom in atoms[zero].tolist():
+            if told[atom]:
+                continue
+            reason = _shared(units, atom) or units.tie(atom) or _of_living(units, kind, atom, why, heads)
+            reasons[reason] = reasons.get(reason, 0) + 1
+        left = int((~gone).sum())
+        refusals += [
+            Refusal(kind, name, f"{count} of {left} {kind} are dead but stay: {reason}")
+            for reason, count in reasons.items()
+        ]
+    return refusals
+
+
+def _shared(units: Units, atom: int) -> str | None:
+    """Why the unit of an atom must stay, and how many layers have its width if these are many."""
+    reason = units.reason(atom)
+    if reason is None or int(units.unit[atom]) not in units.pinned:
+        return reason
+    family = int(units.family[atom])
+    layers = {name for (name, _), atoms in units.dims.items() if len(atoms) and (units.family[atoms] == family).any()}
+    count = len({name.rpartition(".")[0] for name in layers if units.weights.tensors[name].dim() > 1})
+    return f"{reason}; {count} layers share their width" if count > 2 else reason
+
+
+def _of_living(units: Units, kind: str, atom: int, why: dict[int, str], heads: set[int]) -> str:
+    """Why a row or column of zeros is part of a unit that is needed."""
+    unit = int(units.unit[atom])
+    if int(units.family[atom]) in heads:
         return "they belong to heads that stay, and all heads have the same size"
-
-    def _names(self, nodes: list[Node]) -> str:
-        return ", ".join(dict.fromkeys(describe(node, self.linears) for node in nodes))
-
-    def _sharers(self, value: Value) -> str:
-        """How many layers make or read the width of ``value``, walking through everything that keeps it."""
-        if not value.shape:
-            return "its width cannot be traced"
-        width = value.shape[-1]
-        found: set[str] = set()
-        seen, waiting = {value.name}, [value]
-        while waiting:
-            current = waiting.pop()
-            producer = self.graph.producer(current)
-            for node in [*self.graph.consumers(current), *([producer] if producer else [])]:
-                name = self.linears.name(node)
-                if name is not None:
-                    found.add(name)
-                elif is_elementwise(node) or node.kind in WIDTH_KEEPING:
-                    same = [v for v in (*node.inputs, *node.outputs) if v.shape and v.shape[-1] == width]
-                    fresh = [v for v in same if v.name not in seen and not v.parameter]
-                    seen |= {v.name for v in fresh}
-                    waiting += fresh
-        return f"its width {width} is shared by {len(found)} linears"
+    if unit not in why:
+        return "nothing reads them on the example inputs"
+    return f"their units are alive: {why[unit]}"

@@ -1,12 +1,15 @@
-"""Which traced operations are a model's ``nn.Linear`` modules, and whether such a module may change its size."""
+"""Which traced operations are a model's linear layers: ``nn.Linear``, Hugging Face's Conv1D, products written out."""
 
 from torch import nn
 
-from tritprune.slimming.graph import Graph, Node
+from tritprune.slimming.nodes import Graph, Node, Value
+
+PRODUCTS = ("matmul", "mm")
+TURNS = ("t", "numpy_T", "transpose", "permute")
 
 
 class Linears:
-    """The ``nn.Linear`` modules of a model as the trace sees them.
+    """The linear layers of a model as the trace sees them.
 
     Args:
         graph: the trace of ``model``.
@@ -15,62 +18,46 @@ class Linears:
 
     def __init__(self, graph: Graph, model: nn.Module) -> None:
         self.graph = graph
-        self.modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self._names: dict[int, list[str]] = {}
+        self.modules = {name: module for name, module in model.named_modules() if is_linear(module)}
+        first: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._names.setdefault(id(parameter), []).append(name)
-        owners = {self._names[id(module.weight)][0]: name for name, module in reversed(self.modules.items())}
+            first.setdefault(id(parameter), name)
+        owners = {first[id(module.weight)]: name for name, module in reversed(self.modules.items())}
         self._owner = {
-            node.index: owners[weight]
+            node.index: owners.get(weight.parameter, weight.parameter.removesuffix(".weight"))
             for node in graph.nodes
-            if node.kind == "linear" and (weight := node.inputs[1].parameter) in owners
+            if (weight := self._weight(node)) is not None and weight.parameter is not None
         }
         self._nodes: dict[str, list[Node]] = {}
         for node in graph.nodes:
             if node.index in self._owner:
                 self._nodes.setdefault(self._owner[node.index], []).append(node)
 
+    def _weight(self, node: Node) -> Value | None:
+        """The 2-D parameter that ``node`` multiplies its input with."""
+        if node.kind == "linear":
+            weight = node.inputs[1]
+        elif node.kind == "addmm":
+            weight = node.inputs[2]
+        elif node.kind in PRODUCTS:
+            weight = node.inputs[1]
+            turn = self.graph.producer(weight)
+            if turn is not None and turn.kind in TURNS:
+                weight = turn.inputs[0]
+        else:
+            return None
+        return weight if weight.parameter and weight.rank == 2 else None
+
     def name(self, node: Node) -> str | None:
-        """The dotted name of the module that ``node`` runs; None if it is not one of them."""
+        """The dotted name of the layer that ``node`` runs; None if it runs none."""
         return self._owner.get(node.index)
 
-    def node(self, name: str) -> Node | None:
-        """The operation that runs the module, if it runs exactly once."""
-        nodes = self._nodes.get(name, [])
-        return nodes[0] if len(nodes) == 1 else None
-
-    def obstacle(self, name: str) -> str | None:
-        """Why the module cannot change its size wherever it stands; None if it can."""
-        module = self.modules[name]
-        if type(module).forward is not nn.Linear.forward or nn.utils.parametrize.is_parametrized(module):
-            return f"{type(module).__name__} computes more than a linear"
-        for part in ("weight", "bias"):
-            parameter = getattr(module, part)
-            if parameter is None:
-                continue
-            names = self._names[id(parameter)]
-            if len(names) > 1:
-                others = ", ".join(other for other in names if other != f"{name}.{part}")
-                return f"its {part} is tied to {others}"
-            readers = self.graph.readers_of_parameter(names[0])
-            if not readers:
-                return "it does not run on the example inputs"
-            if len(readers) > 1:
-                return f"its {part} is read {len(readers)} times in one forward pass"
-            if self.name(readers[0]) != name:
-                return f"its {part} is read by {readers[0].kind}, not by a linear of its own"
-        return None
+    def input(self, node: Node) -> Value:
+        """What the layer that ``node`` runs reads."""
+        return node.inputs[1] if node.kind == "addmm" else node.inputs[0]
 
 
-def module_of(node: Node) -> str | None:
-    """The dotted name of the module whose parameters ``node`` reads; None if it reads none."""
-    for value in node.inputs:
-        if value.parameter:
-            return value.parameter.rpartition(".")[0]
-    return None
-
-
-def describe(node: Node, linears: Linears) -> str:
-    """``node`` in a sentence: the name of its module, else of its operation."""
-    name = linears.name(node) or module_of(node)
-    return f"{node.kind} {name}" if name else node.kind
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer that has its weight as a parameter of its own."""
+    known = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return known and isinstance(module._parameters.get("weight"), nn.Parameter)

@@ -96,13 +96,29 @@ def _collect(value: Any, path: str, found: dict[str, Tensor], seen: set[int]) ->
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; on leaving, each module gets its own mode back."""
+    """Evaluation mode without gradients, and without key-value caches where a configuration turns them on.
+
+    A cache is what attention read, kept for the next token: its size is that of the heads, so a slim model's differs.
+    On leaving, each module gets its own mode back and each configuration its setting.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
+    caching = {id(config): config for model in models for config in _configurations(model) if config.use_cache is True}
     for model in models:
         model.eval()
+    for config in caching.values():
+        config.use_cache = False
     try:
         with torch.no_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
+        for config in caching.values():
+            config.use_cache = True
+
+
+def _configurations(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        config = vars(module).get("config")
+        if hasattr(config, "use_cache"):
+            yield config

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from tritprune.errors import ConfigError
-from tritprune.slimming.attention import find_attention
+from tritprune.slimming.attention import common_parent, find_attention
 from tritprune.slimming.elementwise import ELEMENTWISE
 from tritprune.slimming.feed_forward import FeedForward, find_feed_forward
 from tritprune.slimming.graph import Graph, Node, trace
-from tritprune.slimming.surgery import common_parent
 
 log = logging.getLogger(__name__)
 

@@ -1,53 +1,29 @@
 """From a masked model to a smaller one with the same outputs: find, cut, explain what stays, certify."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tritprune.slimming.attention import Attention, find_attention
+from tritprune.errors import ConfigError
+from tritprune.slimming.account import Selections, changed_widths, created_and_folded
 from tritprune.slimming.certificate import Certificate, certify
 from tritprune.slimming.check_inputs import derive_inputs
 from tritprune.slimming.comparison import largest_difference
-from tritprune.slimming.feed_forward import FeedForward, find_feed_forward
 from tritprune.slimming.graph import trace
 from tritprune.slimming.leftovers import Refusal, explain_leftovers
 from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
-from tritprune.slimming.surgery import (
-    HEAD_COUNTS,
-    HEAD_WIDTHS,
-    Units,
-    common_parent,
-    cut_feed_forward,
-    cut_heads,
-    feed_forward_units,
-    head_units,
-    linear_at,
-    zero_columns,
-    zero_rows,
-)
+from tritprune.slimming.nodes import Graph
+from tritprune.slimming.places import Cut, Place, cuts_of, find_places, found_of, recount
+from tritprune.slimming.surgery import cut, selections_of
+from tritprune.slimming.units import Units
 
+__all__ = ["Cut", "SlimResult", "slim", "slim_model"]
 
-@dataclass(frozen=True)
-class Cut:
-    """What was cut at one place.
-
-    Args:
-        kind: "feed-forward units" or "heads".
-        where: dotted name: of the linear that reads the units, or of the attention module.
-        before: number of units before.
-        after: number of units after.
-        unit: "unit" or "head".
-    """
-
-    kind: str
-    where: str
-    before: int
-    after: int
-    unit: str
+STYLES = ("known", "counts", "all")
+"""Which attributes of an attention count its heads: what is tried, in this order."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +34,15 @@ class SlimResult:
         model: the slim model, in evaluation mode.
         cuts: what was cut.
         refused: what is dead but stays, with the reason.
-        found: every block that was looked at: ``kind``, ``where``, its linears, its units or heads.
+        found: every place that was looked at: ``kind`` (feed-forward, channels, stream, attention), ``where``, its
+            layers, its units or heads, and the ``obstacle`` if none of it can be cut.
         certificate: the proof that the outputs are those of the model that was given.
         widths: what :func:`tritprune.export.save_model` needs to build the slim model again:
-            ``{"linears": {name: {"out", "in", "bias"}}, "attributes": {module: {attribute: value}}}``, what changed.
+            what changed, in the form that :func:`tritprune.slimming.account.changed_widths` describes.
+        selections: tensor name -> {dimension: int64 indices into the dimension as it was, in the order kept}, for every
+            parameter and buffer that was cut.
+        created: parameters that the given model does not have: biases that were made to hold folded constants.
+        folded: parameters whose values were changed because constants were folded into them.
         parameters_before: number of parameters of the model that was given.
         parameters_after: number of parameters of the slim model.
     """
@@ -72,45 +53,58 @@ class SlimResult:
     found: list[dict[str, Any]]
     certificate: Certificate
     widths: dict[str, Any]
+    selections: Selections
+    created: tuple[str, ...]
+    folded: tuple[str, ...]
     parameters_before: int
     parameters_after: int
 
 
 def slim_model(
-    model: nn.Module, example_inputs: Any, *, tracer: str = "jit", check_inputs: Sequence[Any] | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    tracer: str = "jit",
+    check_inputs: Sequence[Any] | None = None,
+    round_to: int = 1,
 ) -> SlimResult:
-    """Cut the dead feed-forward units and heads of ``model`` and prove that its outputs stay the same.
+    """Cut the dead units, channels and heads of ``model`` and prove that its outputs stay the same.
 
     Dead means exactly zero in the weights; a mask must have been applied. The work is done on a copy: the given model
     stays as it is, whatever happens. Activations are taken to be finite, and each query to attend to at least one key.
 
     Args:
-        model: any module with linears.
+        model: any module.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        tracer: how to read the model: "jit".
+        tracer: how to read the model: "jit" or "export".
         check_inputs: inputs for the certificate, each like ``example_inputs``; by default batches of 1, 2 and 7 and a
             shorter sequence are made from ``example_inputs``.
+        round_to: widths that are cut stay multiples of this number: of the dead units, those with the largest weights
+            stay, the first among equals.
 
     Raises:
-        ConfigError: unknown tracer, or inputs of an odd type.
+        ConfigError: unknown tracer, inputs of an odd type, or ``round_to`` below 1.
         TraceError: the model does not run on the inputs, or cannot be traced.
         CertificateError: the slim model's outputs differ; the message names the first module that differs.
     """
+    if round_to < 1:
+        raise ConfigError(f"round_to is a whole number from 1 on, got {round_to}")
     inputs = ModelInputs.of(example_inputs)
-    slim = copy.deepcopy(model).eval()
-    slim.zero_grad(set_to_none=True)
-    slimmer = _Slimmer(model, slim, inputs, tracer)
-    slimmer.cut_until_nothing_is_dead()
+    attempt = _Slimmer(model, inputs, trace(model, inputs, tracer), round_to).attempt()
     checks = [ModelInputs.of(given) for given in check_inputs] if check_inputs else derive_inputs(model, inputs)
+    created, folded = created_and_folded(model, attempt.slim, attempt.selections)
     return SlimResult(
-        model=slim,
-        cuts=slimmer.cuts(),
-        refused=slimmer.refused + explain_leftovers(slimmer.graph, slim, slimmer.blocks, slimmer.attentions),
-        found=slimmer.found,
-        certificate=certify(model, slim, checks),
-        widths=changed_widths(model, slim),
+        model=attempt.slim,
+        cuts=cuts_of(attempt.units, attempt.places),
+        refused=explain_leftovers(attempt.units, attempt.places),
+        found=found_of(attempt.units, attempt.places),
+        certificate=certify(model, attempt.slim, checks),
+        widths=changed_widths(model, attempt.slim),
+        selections=attempt.selections,
+        created=created,
+        folded=folded,
         parameters_before=sum(parameter.numel() for parameter in model.parameters()),
-        parameters_after=sum(parameter.numel() for parameter in slim.parameters()),
+        parameters_after=sum(parameter.numel() for parameter in attempt.slim.parameters()),
     )
 
 
@@ -119,185 +113,80 @@ def slim(model: nn.Module, example_inputs: Any, **settings: Any) -> nn.Module:
     return slim_model(model, example_inputs, **settings).model
 
 
-def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
-    """The sizes of the linears and the head attributes in which two models of the same module names differ."""
-    linears: dict[str, dict[str, Any]] = {}
-    attributes: dict[str, dict[str, Any]] = {}
-    old = dict(before.named_modules())
-    for name, module in after.named_modules():
-        if isinstance(module, nn.Linear):
-            was = old[name]
-            assert isinstance(was, nn.Linear)
-            if module.weight.shape != was.weight.shape or (module.bias is None) != (was.bias is None):
-                linears[name] = {"out": module.out_features, "in": module.in_features, "bias": module.bias is not None}
-        values = {a: v for a in (*HEAD_COUNTS, *HEAD_WIDTHS) if (v := vars(module).get(a)) != vars(old[name]).get(a)}
-        if values:
-            attributes[name] = values
-    return {"linears": linears, "attributes": attributes}
+@dataclass(frozen=True)
+class _Attempt:
+    """A copy of the model that was cut, and what was taken away."""
+
+    slim: nn.Module
+    units: Units
+    places: list[Place]
+    selections: Selections
+    problem: str | None
 
 
 @dataclass
 class _Slimmer:
-    """The state of one slimming: the copy under the knife, what was found, how wide it was."""
+    """Cuts all that is dead in one go; where the model's code does not follow, finds out which place is to blame."""
 
     model: nn.Module
-    slim: nn.Module
     inputs: ModelInputs
-    tracer: str
-    refused: list[Refusal] = field(default_factory=list)
+    graph: Graph
+    round_to: int
+    forbidden: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.graph = trace(self.slim, self.inputs, self.tracer)
-        self.blocks = find_feed_forward(self.graph, self.slim)
-        self.attentions = find_attention(self.graph, self.slim)
-        self.found = [_found_block(b, self.slim) for b in self.blocks] + [_found_attention(a) for a in self.attentions]
-        self._heads = {id(attention): attention.heads for attention in self.attentions}
-        self._widths = {block.root: linear_at(self.slim, block.root).in_features for block in self.blocks}
-        self._given_up: set[int] = set()
         with evaluating(self.model):
             self._reference = tensors_of(self.inputs.call(self.model))
 
-    def cut_until_nothing_is_dead(self) -> None:
-        """Repeat over all blocks: what is cut in one can leave a row or column of another without weights."""
-        while any([*map(self._cut_block, self.blocks), *map(self._cut_attention, self.attentions)]):
-            pass
-        self.refused += [*self._kept_units(), *self._kept_heads()]
+    def attempt(self) -> _Attempt:
+        """The first attempt whose model runs and gives the same outputs."""
+        while True:
+            made = self._best({})
+            if made.problem is None:
+                return made
+            blamed = self._blamed(made)
+            self.forbidden |= blamed or {place.family: made.problem for place in self._affected(made)}
 
-    def cuts(self) -> list[Cut]:
-        """What was cut, block by block."""
-        made = [
-            Cut("feed-forward units", block.root, before, after, "unit")
-            for block in self.blocks
-            if (before := self._widths[block.root]) != (after := linear_at(self.slim, block.root).in_features)
-        ]
-        return made + [
-            Cut("heads", _where(attention), attention.heads, self._heads[id(attention)], "head")
-            for attention in self.attentions
-            if attention.heads != self._heads[id(attention)]
-        ]
+    def _blamed(self, failed: _Attempt) -> dict[int, str]:
+        """The places that fail when they alone are cut."""
+        places = self._affected(failed)
+        blamed: dict[int, str] = {}
+        for place in places:
+            others = {other.family: "not tried" for other in failed.places if other is not place}
+            alone = self._best(others)
+            if alone.problem is not None:
+                blamed[place.family] = alone.problem
+        return blamed
 
-    def _cut_block(self, block: FeedForward) -> bool:
-        if block.obstacle is not None:
-            return False
-        units = feed_forward_units(block, self.slim)
-        kept = _kept(units)
-        if len(kept) == len(units.dead):
-            return False
-        cut_feed_forward(block, self.slim, kept, units.constant)
-        return True
+    def _affected(self, attempt: _Attempt) -> list[Place]:
+        units = attempt.units
+        return [place for place in attempt.places if units.weights.gone[units.members(place.family)].any()]
 
-    def _cut_attention(self, attention: Attention) -> bool:
-        """Cut dead heads, run the model, and take the cut back where its code does not follow."""
-        if attention.obstacle is not None or id(attention) in self._given_up:
-            return False
-        heads = self._heads[id(attention)]
-        units = head_units(attention, self.slim, heads)
-        kept = _kept(units)
-        if len(kept) == heads:
-            return False
-        modules = [linear_at(self.slim, name) for name in attention.linears]
-        modules.append(self.slim.get_submodule(common_parent(attention.linears[:3])))  # type: ignore[arg-type]
-        saved = [_snapshot(module) for module in modules]
-        cut_heads(attention, self.slim, kept, units.constant)
-        problem = self._trial()
-        if problem is None:
-            self._heads[id(attention)] = len(kept)
-            return True
-        for module, state in zip(modules, saved, strict=True):
-            _restore(module, state)
-        self._given_up.add(id(attention))
-        self.refused.append(
-            Refusal("heads", _where(attention), f"{heads - len(kept)} of {heads} heads are dead but stay: {problem}")
-        )
-        return False
+    def _best(self, others: dict[int, str]) -> _Attempt:
+        """An attempt, with the attributes that make the model run."""
+        units = Units(self.model, self.graph, self.round_to, {**others, **self.forbidden})
+        places = find_places(units)
+        units.take_away_all()
+        selections = selections_of(units.weights)
+        attempts = (self._cut(units, places, selections, style) for style in STYLES)
+        first = next(attempts)
+        if first.problem is None or not any(place.attentions for place in self._affected(first)):
+            return first
+        return next((attempt for attempt in attempts if attempt.problem is None), first)
 
-    def _trial(self) -> str | None:
+    def _cut(self, units: Units, places: list[Place], selections: Selections, style: str) -> _Attempt:
+        slim = copy.deepcopy(self.model).eval()
+        slim.zero_grad(set_to_none=True)
+        cut(slim, units.weights, selections)
+        recount(slim, units, places, style)
+        return _Attempt(slim, units, places, selections, self._trial(slim))
+
+    def _trial(self, slim: nn.Module) -> str | None:
         try:
-            with evaluating(self.slim):
-                made = tensors_of(self.inputs.call(self.slim))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            return f"the model does not run with fewer heads ({str(error).strip().splitlines()[0]})"
+            with evaluating(slim):
+                made = tensors_of(self.inputs.call(slim))
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"the model does not run without them ({said})"
         difference = largest_difference(self._reference, made)
-        return None if difference.within else f"with fewer heads the model's outputs differ by {difference.largest:.1e}"
-
-    def _kept_units(self) -> list[Refusal]:
-        reason = "all units are dead; one stays, so that the layer keeps a width"
-        return [
-            Refusal("units", block.root, reason)
-            for block in self.blocks
-            if block.obstacle is None and bool(feed_forward_units(block, self.slim).dead.all())
-        ]
-
-    def _kept_heads(self) -> list[Refusal]:
-        refusals: list[Refusal] = []
-        for attention in self.attentions:
-            heads = self._heads[id(attention)]
-            if attention.obstacle is None and id(attention) not in self._given_up:
-                if bool(head_units(attention, self.slim, heads).dead.all()):
-                    reason = "all heads are dead; one stays, so that the layer keeps a width"
-                    refusals.append(Refusal("heads", _where(attention), reason))
-            elif attention.obstacle is not None and (dead := _dead_heads(attention, self.slim)):
-                reason = f"{dead} of {heads} heads are dead but stay: {attention.obstacle}"
-                refusals.append(Refusal("heads", _where(attention), reason))
-        return refusals
-
-
-def _kept(units: Units) -> Tensor:
-    """Indices of the units that stay; the first one if none would."""
-    kept = (~units.dead).nonzero().flatten()
-    return kept if len(kept) else torch.zeros(1, dtype=torch.long, device=units.dead.device)
-
-
-def _dead_heads(attention: Attention, model: nn.Module) -> int:
-    """How many heads of a block that cannot be cut are dead, also by its value linear if that is divided alike."""
-    if attention.output is None or attention.heads < 1:
-        return 0
-    unread = zero_columns(linear_at(model, attention.output))
-    if len(unread) % attention.heads:
-        return 0
-    dead = unread.view(attention.heads, -1).all(dim=1)
-    if len(attention.value) == 1 and linear_at(model, attention.value[0]).out_features == len(unread):
-        dead = dead | zero_rows(linear_at(model, attention.value[0])).view(attention.heads, -1).all(dim=1)
-    return int(dead.sum())
-
-
-def _where(attention: Attention) -> str:
-    names = [*attention.query, *attention.key, *attention.value]
-    return common_parent(names) or ", ".join(dict.fromkeys(names))
-
-
-def _found_block(block: FeedForward, model: nn.Module) -> dict[str, Any]:
-    return {
-        "kind": "feed-forward",
-        "where": block.root,
-        "root_linear": block.root,
-        "target_frontier_linears": list(block.frontier),
-        "units": linear_at(model, block.root).in_features,
-        "obstacle": block.obstacle,
-    }
-
-
-def _found_attention(attention: Attention) -> dict[str, Any]:
-    return {
-        "kind": "attention",
-        "where": _where(attention),
-        "qkv": list(dict.fromkeys([*attention.query, *attention.key, *attention.value])),
-        "ffn": [attention.output] if attention.output else [],
-        "heads": attention.heads,
-        "obstacle": attention.obstacle,
-    }
-
-
-def _snapshot(module: nn.Module) -> Mapping[str, Any]:
-    """The module's own attributes and parameters; the tensors themselves are copied."""
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    parameters = {
-        name: None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
-        for name, p in module._parameters.items()
-    }
-    return {"own": own, "parameters": parameters}
-
-
-def _restore(module: nn.Module, state: Mapping[str, Any]) -> None:
-    vars(module).update(state["own"])
-    module._parameters.update(state["parameters"])
+        return None if difference.within else f"without them the model's outputs differ by {difference.largest:.1e}"

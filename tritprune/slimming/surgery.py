@@ -1,171 +1,136 @@
-"""Cutting dead units out of linears so that the outputs stay what they were.
+"""Cutting what was taken away on paper out of a real model: tensors, the sizes of layers, the counts of attentions."""
 
-A feed-forward unit is dead when every weight that makes it is zero, so that it is the constant c = f(bias), or when
-every weight that reads it is zero. A head is dead when the output linear reads nothing of it, or when its value rows
-are zero: the attention probabilities sum to one, so it is the constant c = b_v. Removing units D of a constant c leaves
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-    y = W[:, kept] x[kept] + (b + W[:, D] c)
-
-so the constant is folded into the bias of the linear that read it, in float64.
-"""
-
-from collections.abc import Iterable
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tritprune.slimming.attention import Attention
-from tritprune.slimming.elementwise import apply, base_kind
-from tritprune.slimming.feed_forward import FeedForward
+from tritprune.slimming.account import Selections, selected
+from tritprune.slimming.weights import Weights
 
-HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_key_value_heads", "heads")
+HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "num_q_heads")
 """Attributes of an attention module that may hold its number of heads."""
 
-HEAD_WIDTHS = ("all_head_size", "inner_dim", "all_head_dim", "attention_width")
+KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+"""Attributes of an attention module that may hold its number of key and value heads."""
+
+HEAD_WIDTHS = (
+    "all_head_size",
+    "inner_dim",
+    "all_head_dim",
+    "attention_width",
+    "split_size",
+    "embed_dim",
+    "hidden_size",
+)
 """Attributes of an attention module that may hold number of heads * head size."""
 
 
-@dataclass(frozen=True)
-class Units:
-    """What is known about the units of one block.
+def selections_of(weights: Weights) -> Selections:
+    """For each tensor and dimension that lost atoms, the indices that are left."""
+    made: Selections = {}
+    for name, dim in weights.first:
+        gone = weights.gone_of(name, dim)
+        if gone.any():
+            made.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(~gone))
+    return made
+
+
+def cut(model: nn.Module, weights: Weights, selections: Selections) -> None:
+    """Give ``model``, a copy of the one that ``weights`` knows, what is left of each tensor, its layers their sizes."""
+    names = selections.keys() | weights.folded.keys()
+    new = {name: _remade(name, weights, selections) for name in names}
+    own = {id(tensor): name for name, tensor in _all_tensors(model)}
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in list(table.items()):
+                name = own.get(id(tensor)) if tensor is not None else f"{path}.{key}".removeprefix(".")
+                if name not in new:
+                    continue
+                data = new[name]
+                if table is module._parameters and not isinstance(data, nn.Parameter):
+                    like = tensor if tensor is not None else module._parameters["weight"]
+                    assert like is not None
+                    data = new[name] = nn.Parameter(data.to(like.dtype), requires_grad=like.requires_grad)
+                table[key] = data  # type: ignore[assignment]
+        resize(module)
+
+
+def _all_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from reversed([*model.named_parameters(), *model.named_buffers()])
+
+
+def _remade(name: str, weights: Weights, selections: Selections) -> Tensor:
+    tensor = weights.tensors.get(name)
+    made = weights.folded.get(name, tensor)
+    assert made is not None
+    chosen = selections.get(name, {})
+    if tensor is None:  # a bias that did not exist: its rows are those of its weight
+        of_weight = selections.get(f"{name.removesuffix('bias')}weight", {})
+        rows = of_weight.get(weights.rows(name))
+        chosen = {} if rows is None else {0: rows}
+    elif made.dtype != tensor.dtype:
+        made = made.to(tensor.dtype)
+    return selected(made, chosen).contiguous().clone()
+
+
+def resize(module: nn.Module) -> None:
+    """Set the sizes that a layer says of itself to those of its weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    for kind, sizes in SIZES_BY_KIND.items():
+        if isinstance(module, kind):
+            for name, size in sizes(module, weight).items():
+                if getattr(module, name) != size:
+                    setattr(module, name, size)
+            return
+    if type(module).__name__ == "Conv1D" and weight.dim() == 2 and hasattr(module, "nf"):
+        module.nx, module.nf = weight.shape  # type: ignore[assignment]
+
+
+def _convolution(module: Any, weight: Tensor) -> dict[str, int]:
+    if module.transposed:
+        return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
+    groups = module.groups * weight.shape[0] // module.out_channels if module.groups > 1 else 1
+    return {"groups": groups, "in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0]}
+
+
+SIZES_BY_KIND: dict[type[nn.Module], Callable[[Any, Tensor], dict[str, int]]] = {
+    nn.Linear: lambda _, weight: {"out_features": weight.shape[0], "in_features": weight.shape[1]},
+    nn.Embedding: lambda _, weight: {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]},
+    nn.modules.conv._ConvNd: _convolution,
+    nn.modules.batchnorm._NormBase: lambda _, weight: {"num_features": weight.shape[0]},
+    nn.PReLU: lambda _, weight: {"num_parameters": weight.shape[0]},
+}
+"""How each kind of layer names its sizes."""
+
+
+def set_counts(modules: Iterable[nn.Module], changes: Mapping[str, tuple[int, int]], size: int, style: str) -> None:
+    """Set the attributes of an attention's modules that count its heads.
 
     Args:
-        dead: bool [units], True where the unit may go.
-        constant: [units], the value of a dead unit at the linear that reads it; 0 where nothing reads it.
+        modules: the modules that hold the attention.
+        changes: "heads" and "keys": number of heads, of key and value heads, before and after.
+        size: size of a head.
+        style: "known": the attributes of the lists above; "counts": of these the counts alone; "all": every whole
+            number that equals a count or a width, but for those that number a layer.
     """
-
-    dead: Tensor
-    constant: Tensor
-
-
-def zero_rows(linear: nn.Linear) -> Tensor:
-    """Dead outputs, bool [out_features]: True where the whole row of the weight is exactly zero."""
-    return (linear.weight.detach() == 0).all(dim=1)
-
-
-def zero_columns(linear: nn.Linear) -> Tensor:
-    """Dead inputs, bool [in_features]: True where the whole column of the weight is exactly zero."""
-    return (linear.weight.detach() == 0).all(dim=0)
-
-
-@torch.no_grad()
-def feed_forward_units(block: FeedForward, model: nn.Module) -> Units:
-    """Which units of a feed-forward block are dead, and the constants that the dead ones leave.
-
-    Runs the block's element-wise operations on the biases: a result is known where all of its operands are, and where a
-    product has a factor that is known to be zero.
-    """
-    root = linear_at(model, block.root)
-    known: dict[str, Tensor] = {}
-    value: dict[str, Tensor] = {}
-    for name, made in zip(block.frontier, block.frontier_values, strict=True):
-        linear = linear_at(model, name)
-        known[made] = zero_rows(linear)
-        value[made] = linear.bias.detach() if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
-    for node in block.nodes:
-        operands = [v.name for v in node.inputs if v.name in known]
-        arguments = [value.get(v.name, v.constant) for v in node.inputs]
-        made = node.output.name
-        value[made] = apply(node, arguments)
-        known[made] = torch.stack([known[name] for name in operands]).all(dim=0)
-        if base_kind(node) == "mul":
-            for name in operands:
-                absorbing = known[name] & (value[name] == 0)
-                known[made] = known[made] | absorbing
-                value[made] = torch.where(absorbing, torch.zeros_like(value[made]), value[made])
-    unread, left = zero_columns(root), value[block.end]
-    constant = known[block.end] & torch.isfinite(left)
-    return Units(constant | unread, torch.where(constant & ~unread, left, torch.zeros_like(left)))
-
-
-@torch.no_grad()
-def head_units(block: Attention, model: nn.Module, heads: int) -> Units:
-    """Which of an attention block's ``heads`` are dead; ``constant`` is [heads, head size]."""
-    *_, value_name, output_name = block.linears
-    value, output = linear_at(model, value_name), linear_at(model, output_name)
-    unread = zero_columns(output).view(heads, -1).all(dim=1)
-    constant = zero_rows(value).view(heads, -1).all(dim=1)
-    bias = value.bias.detach() if value.bias is not None else value.weight.new_zeros(value.out_features)
-    left = torch.where((constant & ~unread)[:, None], bias.view(heads, -1), 0)
-    return Units(constant | unread, left)
-
-
-def cut_feed_forward(block: FeedForward, model: nn.Module, kept: Tensor, constant: Tensor) -> None:
-    """Keep the units with indices ``kept``; fold ``constant`` [units] of the others into the root's bias."""
-    root = linear_at(model, block.root)
-    fold_constant(root, kept, constant)
-    keep_columns(root, kept)
-    for name in block.frontier:
-        keep_rows(linear_at(model, name), kept)
-
-
-def cut_heads(block: Attention, model: nn.Module, kept: Tensor, constant: Tensor) -> None:
-    """Keep the heads with indices ``kept``; fold ``constant`` [heads, head size] of the others into the output's bias.
-
-    The attention module's attributes that count heads are set too; see :data:`HEAD_COUNTS`.
-    """
-    heads, size = constant.shape
-    elements = (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
-    *feeding, output_name = block.linears
-    output = linear_at(model, output_name)
-    fold_constant(output, elements, constant.flatten())
-    keep_columns(output, elements)
-    for name in feeding:
-        keep_rows(linear_at(model, name), elements)
-    module = model.get_submodule(common_parent(feeding))
-    for names, before, after in ((HEAD_COUNTS, heads, len(kept)), (HEAD_WIDTHS, heads * size, len(kept) * size)):
-        for name in names:
-            if module.__dict__.get(name) == before:
-                setattr(module, name, after)
-
-
-@torch.no_grad()
-def fold_constant(linear: nn.Linear, kept: Tensor, constant: Tensor) -> None:
-    """Bias <- bias + W[:, D] c[D] over the inputs D that are not ``kept``; a missing bias is made if it is needed."""
-    gone = torch.ones(linear.in_features, dtype=torch.bool, device=linear.weight.device)
-    gone[kept] = False
-    added = linear.weight[:, gone].double() @ constant[gone].double()
-    if not added.any():
-        return
-    if linear.bias is None:
-        linear.bias = nn.Parameter(added.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
-    else:
-        linear.bias.copy_((linear.bias.double() + added).to(linear.bias.dtype))
-
-
-def keep_rows(linear: nn.Linear, kept: Tensor) -> None:
-    """Keep the outputs with indices ``kept``, in that order."""
-    linear.weight = _kept(linear.weight, kept, 0)
-    if linear.bias is not None:
-        linear.bias = _kept(linear.bias, kept, 0)
-    linear.out_features = len(kept)
-
-
-def keep_columns(linear: nn.Linear, kept: Tensor) -> None:
-    """Keep the inputs with indices ``kept``, in that order."""
-    linear.weight = _kept(linear.weight, kept, 1)
-    linear.in_features = len(kept)
-
-
-def linear_at(model: nn.Module, name: str) -> nn.Linear:
-    """The linear with this dotted name."""
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
-
-
-def common_parent(names: Iterable[str]) -> str:
-    """The longest dotted name that is a parent of all ``names``; empty for the model itself."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared: list[str] = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) != 1:
-            break
-        shared.append(level[0])
-    return ".".join(shared)
-
-
-def _kept(parameter: Tensor, kept: Tensor, dimension: int) -> nn.Parameter:
-    data = parameter.detach().index_select(dimension, kept).contiguous()
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+    (heads, heads_left), (keys, keys_left) = changes["heads"], changes["keys"]
+    named = [(KEY_COUNTS, keys, keys_left), (HEAD_COUNTS, heads, heads_left)]
+    if style != "counts":
+        named.append((HEAD_WIDTHS, heads * size, heads_left * size))
+    if keys and heads // keys > 1 and keys_left:
+        named.append((("num_key_value_groups",), heads // keys, heads_left // keys_left))
+    for module in modules:
+        done: set[str] = set()
+        for names, before, after in named:
+            chosen = (
+                names if style != "all" else [name for name in vars(module) if "layer" not in name and "id" not in name]
+            )
+            for name in chosen:
+                if name not in done and type(vars(module).get(name)) is int and vars(module)[name] == before:
+                    setattr(module, name, after)
+                    done.add(name)

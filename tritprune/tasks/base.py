@@ -185,6 +185,10 @@ class Task(ABC):
         loss = float(torch.stack(losses).sum()) / self.n_eval
         return {"loss": loss, **self.metrics(torch.cat(predictions).cpu(), self.eval["labels"])}
 
+    def placeholder_inputs(self) -> dict[str, Tensor] | None:
+        """Made-up model inputs, without any data, for a first look at the model; None: its configuration tells them."""
+        return None
+
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
         """Model inputs made of the first held-out examples, from the start again when there are too few."""
         return self.model_inputs(self.collate("eval", torch.arange(batch_size) % self.n_eval))

@@ -170,6 +170,10 @@ class Digits(Task):
         with seeded(seed):
             return DigitsViT(**self.arguments)
 
+    def placeholder_inputs(self) -> dict[str, Tensor]:
+        """One black image."""
+        return {"pixels": torch.zeros(1, 8, 8)}
+
     def builder(self) -> dict[str, Any]:
         """``digits_vit`` of :data:`tritprune.registry.models`, with its sizes."""
         return {"kind": "registered", "name": "digits_vit", "arguments": dict(self.arguments)}

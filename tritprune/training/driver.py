@@ -7,7 +7,7 @@ first stage that is missing one. What a stage does is in the method of its name,
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from tritprune.errors import CertificateError, ConfigError, InterruptedRunError, TritpruneError
-from tritprune.export import load_model, save_model
+from tritprune.export import EXPORTERS, FILES, Artifact, even_widths, load_model, loads_with, save_model
 from tritprune.pruners import Pruner, SparsityReport, sparsity_of
 from tritprune.report import heatmap_png, write_report
-from tritprune.slimming import SlimResult, check_saved, slim_model
+from tritprune.slimming import SlimResult, certify, check_saved, slim_model
 from tritprune.slimming.latency import measure_together
 from tritprune.tasks import Task
 from tritprune.training import provenance
@@ -27,7 +27,7 @@ from tritprune.training.dense_cache import DenseCache
 from tritprune.training.loop import Loop, Run, agree
 
 PRUNED, SLIM, PRUNING, CONTROL, SLIMMING = "pruned", "slim", "pruning.json", "control.json", "slimming.json"
-MASKS, RESULT = "masks.safetensors", "result.json"
+MASKS, RESULT, EXPORTS = "masks.safetensors", "result.json", "exports.json"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Plan:
         control: ``random`` repeats pruning and recovery with random masks at the same budget.
         tracer: how the slimmer reads the model; None leaves out the slimming.
         init_from: folder of a saved model that takes the place of the fine-tuned dense one.
+        exports: further files to make of the slim model: ``onnx``, ``torch_export``.
+        uniform: pad the slim model's layers to the same widths, so that ``from_pretrained`` loads it.
     """
 
     make_pruner: Callable[..., Pruner]
@@ -49,6 +51,8 @@ class Plan:
     control: str | None = None
     tracer: str | None = "jit"
     init_from: Path | None = None
+    uniform: bool = False
+    exports: tuple[str, ...] = ()
 
 
 def starting_model(task: Task, seed: int, init_from: Path | None) -> nn.Module:
@@ -183,9 +187,13 @@ class Driver:
             return load_model(run.folder / SLIM)
         model = pruned.cpu().eval()
         result = slim_model(model, task.model_inputs(task.example_inputs(2)), tracer=self.plan.tracer or "jit")
+        evened: dict[str, int] | None = None
+        if self.plan.uniform:
+            result, evened = _evened(model, result)
         save_model(result.model, run.folder / SLIM, builder=task.builder(), widths=result.widths)
-        result.certificate.save(run.folder.path)
-        write_json(run.folder / SLIMMING, _slimming_record(result))
+        result.certificate.save(run.folder.path, files=[MASKS, *(f"{name}/manifest.json" for name in (PRUNED, SLIM))])
+        loads = loads_with(run.folder / SLIM)
+        write_json(run.folder / SLIMMING, _slimming_record(result) | {"loads": loads, "uniform": evened})
         return result.model
 
     def export(self) -> nn.Module:
@@ -196,6 +204,14 @@ class Driver:
                 f"the model saved in {self.run.folder / SLIM} does not give the outputs of its certificate, "
                 f"{self.run.folder / 'certificate.json'}"
             )
+        made: list[Artifact] = []
+        for kind in self.plan.exports:
+            with self.run.progress.status(f"writing {FILES[kind]}"):
+                path = self.run.folder / FILES[kind]
+                inputs = self.run.task.model_inputs(self.run.task.example_inputs(2))
+                made.append(replace(EXPORTERS[kind](model, inputs, path), path=path.name))
+        if made:
+            write_json(self.run.folder / EXPORTS, {"files": [vars(artifact) for artifact in made]})
         return model
 
     def report(
@@ -231,13 +247,14 @@ class Driver:
         if (folder / CONTROL).exists():
             control = json.loads((folder / CONTROL).read_text(encoding="utf-8"))
             rows.append({"model": "random control", "metrics": control["metrics"], "sparsity": control["sparsity"]})
-        slimming = folder / SLIMMING
+        slimming, exports = folder / SLIMMING, folder / EXPORTS
         self._result = {
             **self.describe("finished"),
             "rows": rows,
             "layers": pruning["layers"],
             "excluded": pruning["excluded"],
             "slim": json.loads(slimming.read_text(encoding="utf-8")) if slimming.exists() else None,
+            "exports": json.loads(exports.read_text(encoding="utf-8"))["files"] if exports.exists() else [],
         }
         self._publish()
         folder.drop_checkpoint()
@@ -325,6 +342,7 @@ class Driver:
             "certificate": "certificate.json",
             "pruned": PRUNED,
             "slim": SLIM,
+            **FILES,
         }
         found = {name: path for name, path in names.items() if name == "report" or (self.run.folder / path).exists()}
         return found | ({"wandb": self.run.tracker.location} if self.run.tracker.location else {})
@@ -361,6 +379,18 @@ def _pruning_record(pruner: Pruner, metrics: dict[str, float]) -> dict[str, Any]
         "sparsity": _denominators(pruner.sparsity()),
         "digest": pruner.digest(),
     }
+
+
+def _evened(masked: nn.Module, result: SlimResult) -> tuple[SlimResult, dict[str, int]]:
+    """The slim model with its layers padded to the same widths, proved again."""
+    even, said = even_widths(result.model, type(result.model))
+    return replace(
+        result,
+        model=even,
+        widths={"layers": {}, "attributes": {}},
+        certificate=certify(masked, even, result.certificate.given),
+        parameters_after=sum(parameter.numel() for parameter in even.parameters()),
+    ), said
 
 
 def _slimming_record(result: SlimResult) -> dict[str, Any]:

@@ -158,17 +158,18 @@ class Loop:
         run, accelerator = self.run, self.run.accelerator
         clock = StepClock(run.device)
         torch.manual_seed(step_seed(run.seed, self.name, self.step, accelerator.process_index))
-        self._model.train()
+        calibrating = self.pruner is not None and self.pruner.calibrating
+        self._model.train(not calibrating)  # no dropout, no clipping and no teacher in what calibrates
         self._event = None
         total = torch.zeros((), device=run.device)
         lr = self._lr_schedule.get_last_lr()[0]
         for indices in self._batches.micro_batches(self.step):
             with accelerator.accumulate(self._model):
                 with clock.part("forward"):
-                    loss = self._loss(indices)
+                    loss = self._loss(indices, distill=not calibrating)
                 with clock.part("backward"):
                     accelerator.backward(loss)
-                if accelerator.sync_gradients and run.settings.clip is not None:
+                if accelerator.sync_gradients and run.settings.clip is not None and not calibrating:
                     accelerator.clip_grad_norm_(self._model.parameters(), run.settings.clip)
                 self._stepper.step()
                 self._stepper.zero_grad()
@@ -180,12 +181,12 @@ class Loop:
         assert isinstance(mean, Tensor)
         self._log_step(mean.item(), float(lr), clock)
 
-    def _loss(self, indices: Tensor) -> Tensor:
+    def _loss(self, indices: Tensor, *, distill: bool) -> Tensor:
         task = self.run.task
         batch = {k: v.to(self.run.device) for k, v in task.collate("train", indices).items()}
         logits = task.logits(self._model(**task.model_inputs(batch)))
         loss = task.loss(logits, batch)
-        if self._teacher is None:
+        if self._teacher is None or not distill:
             return loss
         settings = self.run.settings.distillation
         if self._teacher_logits is not None:

@@ -1,4 +1,4 @@
-"""The score at which a budget of elements is spent: a radix select in which every unit weighs its size.
+"""The score at which a budget of elements is spent: a bracket from a sample, and a radix select of what is in it.
 
 A score becomes an unsigned 32-bit key of the same order (:func:`_key`). Four passes, one for each byte of the key,
 most significant first, add up the elements per byte value among the units that share the bytes found so far:
@@ -6,11 +6,16 @@ most significant first, add up the elements per byte value among the units that 
     H[d] = sum of size(u) over {u: key(u) starts with the prefix, next byte is d}
     next byte = the first d with H[0] + ... + H[d] > left;    left <- left - (H[0] + ... + H[d - 1])
 
-The scores are read four times (16 bytes a unit); the state between passes is 8 KiB on the device, nothing is read
-back, and sums of integers do not depend on the order of programs. Each pass first takes the step that the pass before
-it left open, so that five launches (more if layers differ in kind) do it all.
+Many units are first narrowed to the few candidates of bracket.py: the scores are read once (4 bytes a unit), and the
+passes read candidates. Whether the bracket holds is known on the device only, so the passes are always launched, and
+look there: at the candidates, or at all scores where it does not hold, or at nothing where it has the answer already.
+Few units are read by the four passes alone, out of the cache.
 
-Units of one size are counted per program and weighed once; the smaller ones at ragged edges are added one by one.
+The state between passes is 8 KiB on the device, nothing is read back, and sums of integers do not depend on the order
+of programs. Each pass first takes the step that the pass before it left open.
+
+Units of the usual size are counted per program and weighed at its end; the others (at ragged edges) are added one by
+one.
 """
 
 import math
@@ -21,16 +26,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritprune.kernels.triton import multi_tensor
-from tritprune.kernels.triton.multi_tensor import find_tile, load_pointer, load_size
+from tritprune.kernels.sampling import Sampling, get_sampling
+from tritprune.kernels.triton import bracket, multi_tensor
+from tritprune.kernels.triton.bracket import ANSWERED, EVERYTHING, FIELDS, Launch, unit_sizes
+from tritprune.kernels.triton.multi_tensor import load_pointer, load_size
 from tritprune.kernels.units import UnitGrid
 
-FIELDS = tl.constexpr(8)
 PASSES = 4
 BINS = tl.constexpr(256)
 KEY_OF_INFINITY = tl.constexpr(0xFF800000)
-_BLOCK = 1024
-_ROUNDS = 8
+_TILE = 8192
 
 
 @triton.jit
@@ -59,51 +64,85 @@ def _narrow(
 
 
 @triton.jit
+def _byte_of(score, chosen, prefix, PASS: tl.constexpr):
+    """The byte that a pass looks at, and which of the chosen scores share the bytes before it."""
+    key = _key(score)
+    if PASS > 0:
+        chosen = chosen & ((key >> (32 - 8 * PASS)).to(tl.int64) == prefix)
+    return ((key >> (24 - 8 * PASS)) & 255).to(tl.int32), chosen
+
+
+@triton.jit
 def _histogram_kernel(
     state_ptr,  # [PASSES + 1, 2] int64
     histogram_ptr,  # [PASSES, BINS] int64
-    table_ptr,  # [T, FIELDS]: first tile, score, units, cols, row size, last row size, col size, last col size
-    owners_ptr,  # [tiles]
+    verdict_ptr,  # [3] int64: where to look, ...
+    tally_ptr,  # [5, programs] int64; the last row: candidates of each program
+    candidates_ptr,  # [programs, capacity] fp32
+    sizes_ptr,  # [programs, capacity] int64 if SIZED
+    table_ptr,  # [T, FIELDS]: first tile, tiles of all, usual size, score, units, cols, row, last row, col, last col,
+    owners_ptr,  # [tiles]                                                            programs, capacity of a segment
     PASS: tl.constexpr,
+    SIZED: tl.constexpr,
     RAGGED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    BRACKETED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    prefix, left = _narrow(state_ptr, histogram_ptr, PASS)
-    if tl.program_id(0) == 0:
-        tl.store(state_ptr + 2 * PASS, prefix)
-        tl.store(state_ptr + 2 * PASS + 1, left)
-    row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
-    score_ptr = load_pointer(row_ptr + 1, tl.float32, ALIGNED)
-    n_units = load_size(row_ptr + 2, ALIGNED)
-    n_cols = tl.load(row_ptr + 3)
-    row_size = tl.load(row_ptr + 4)
-    last_row_size = tl.load(row_ptr + 5)
-    col_size = tl.load(row_ptr + 6)
-    last_col_size = tl.load(row_ptr + 7)
-
-    bin_ptr = histogram_ptr + PASS * BINS
-    counts = tl.zeros([BINS], tl.int32)
-    for turn in tl.static_range(ROUNDS):
-        unit = (tile * ROUNDS + turn) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
-        chosen = unit < n_units
-        key = _key(tl.load(score_ptr + unit, mask=chosen, other=0.0))
-        if PASS > 0:
-            chosen = chosen & ((key >> (32 - 8 * PASS)).to(tl.int64) == prefix)
-        byte = ((key >> (24 - 8 * PASS)) & 255).to(tl.int32)
-        if RAGGED:
-            row = unit // n_cols
-            in_last_row = row == (n_units // n_cols) - 1
-            in_last_col = unit - row * n_cols == n_cols - 1
-            size = tl.where(in_last_row, last_row_size, row_size) * tl.where(in_last_col, last_col_size, col_size)
-            edge = in_last_row | in_last_col
-            tl.atomic_add(bin_ptr + byte, size, mask=chosen & edge, sem="relaxed")
-            chosen = chosen & ~edge
-        counts += tl.histogram(byte, BINS, mask=chosen)
-    tl.atomic_add(
-        bin_ptr + tl.arange(0, BINS), counts.to(tl.int64) * (row_size * col_size), mask=counts > 0, sem="relaxed"
-    )
+    program = tl.program_id(0).to(tl.int64)
+    where = tl.load(verdict_ptr)
+    if where != ANSWERED:
+        prefix, left = _narrow(state_ptr, histogram_ptr, PASS)
+        if program == 0:
+            tl.store(state_ptr + 2 * PASS, prefix)
+            tl.store(state_ptr + 2 * PASS + 1, left)
+        bin_ptr = histogram_ptr + PASS * BINS
+        masses = tl.zeros([BINS], tl.int64)
+        if where == EVERYTHING:
+            n_tiles = tl.load(table_ptr + 1)
+            number = program
+            while number < n_tiles:
+                row_ptr = table_ptr + tl.load(owners_ptr + number).to(tl.int64) * FIELDS
+                score_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
+                n_units = load_size(row_ptr + 4, ALIGNED)
+                size = tl.load(row_ptr + 6) * tl.load(row_ptr + 8)
+                counts = tl.zeros([BINS], tl.int32)
+                start = (number - tl.load(row_ptr)) * (ROUNDS * BLOCK)
+                stop = tl.minimum(start + ROUNDS * BLOCK, n_units)
+                while start < stop:
+                    unit = start + tl.arange(0, BLOCK)  # [BLOCK] int64
+                    inside = unit < n_units
+                    score = tl.load(score_ptr + unit, mask=inside, other=0.0)
+                    byte, chosen = _byte_of(score, inside, prefix, PASS)
+                    if RAGGED:
+                        own_size, edge = unit_sizes(row_ptr, unit, n_units, RAGGED)
+                        tl.atomic_add(bin_ptr + byte, own_size, mask=chosen & edge, sem="relaxed")
+                        chosen = chosen & (edge == 0)
+                    counts += tl.histogram(byte, BINS, mask=chosen)
+                    start += BLOCK
+                masses += counts.to(tl.int64) * size
+                number += tl.num_programs(0)
+        elif BRACKETED:
+            first = program * tl.load(table_ptr + 11)
+            length = tl.load(tally_ptr + 4 * tl.num_programs(0) + program)
+            usual = tl.load(table_ptr + 2)
+            counts = tl.zeros([BINS], tl.int32)
+            start = length * 0
+            while start < length:
+                place = start + tl.arange(0, BLOCK)  # [BLOCK] int64
+                inside = place < length
+                score = tl.load(candidates_ptr + first + place, mask=inside, other=0.0)
+                byte, chosen = _byte_of(score, inside, prefix, PASS)
+                if SIZED:
+                    own_size = tl.load(sizes_ptr + first + place, mask=chosen, other=0)
+                    unusual = own_size != usual
+                    tl.atomic_add(bin_ptr + byte, own_size, mask=chosen & unusual, sem="relaxed")
+                    chosen = chosen & (own_size == usual)
+                counts += tl.histogram(byte, BINS, mask=chosen)
+                start += BLOCK
+            masses += counts.to(tl.int64) * usual
+        tl.atomic_add(bin_ptr + tl.arange(0, BINS), masses, mask=masses > 0, sem="relaxed")
 
 
 @triton.jit
@@ -112,8 +151,18 @@ def _finish_kernel(
     remainder_ptr,  # [] int64
     state_ptr,  # [PASSES + 1, 2] int64
     histogram_ptr,  # [PASSES, BINS] int64
+    verdict_ptr,  # [3] int64: where to look, number of the answer in (low, high), elements left there
+    low_ptr,  # [1] fp32
+    high_ptr,  # [1] fp32
 ):
-    key, left = _narrow(state_ptr, histogram_ptr, 4)
+    if tl.load(verdict_ptr) == ANSWERED:
+        score = tl.load(low_ptr)
+        if tl.load(verdict_ptr + 1) == 1:
+            score = tl.load(high_ptr)
+        key = _key(score).to(tl.int64)
+        left = tl.load(verdict_ptr + 2)
+    else:
+        key, left = _narrow(state_ptr, histogram_ptr, 4)
     if key >= KEY_OF_INFINITY:
         key = (key * 0) + KEY_OF_INFINITY
         left = left * 0
@@ -127,35 +176,71 @@ def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) 
     device = scores[0].device if scores else torch.device("cpu")
     threshold = torch.full((), math.inf, dtype=torch.float32, device=device)
     remainder = torch.zeros((), dtype=torch.int64, device=device)
-    if not any(grid.units for grid in grids):
+    if budget >= sum(grid.elements for grid in grids):
         return threshold, remainder
-    state = torch.zeros(PASSES + 1, 2, dtype=torch.int64, device=device)
-    state[0, 1].fill_(budget)
-    histogram = torch.zeros(PASSES, BINS.value, dtype=torch.int64, device=device)
-    layers = [(score.contiguous(), grid) for score, grid in zip(scores, grids, strict=True)]
-    launches = [
-        (
-            variant,
-            multi_tensor.tables(
-                [_fields(*layer) for layer in members], [grid.units for _, grid in members], _BLOCK * _ROUNDS, device
-            ),
-        )
-        for variant, members in multi_tensor.group_by(layers, lambda layer: _variant(*layer)).items()
-    ]
+    layers = [(score.contiguous(), grid) for score, grid in zip(scores, grids, strict=True) if grid.units]
+    units, sized = sum(grid.units for _, grid in layers), not bracket.one_size([grid for _, grid in layers])
+    sampling = get_sampling()
+    sampled = units >= sampling.least
+    launches = _launches(layers, sampling, device)
+    programs = launches[0].programs
+    parts = [2 * (PASSES + 1), 4, PASSES * BINS.value, 5 * programs]  # each but the last of whole 16 bytes
+    state, verdict, histogram, tally = torch.zeros(sum(parts), dtype=torch.int64, device=device).split(parts)
+    state[1:2].fill_(budget)
+    low = high = candidates = threshold.view(1)
+    sizes = remainder.view(1)
+    if sampled:
+        low, high = bracket.bracket(layers, budget, programs * launches[0].capacity, sampling)
+        candidates, sizes = bracket.collect(launches, low, high, state, verdict, tally, sized=sized)
     for number in range(PASSES):
-        for (ragged, aligned), (table, owners, tiles) in launches:
-            constants = {"PASS": number, "RAGGED": ragged, "ALIGNED": aligned, "BLOCK": _BLOCK, "ROUNDS": _ROUNDS}
-            multi_tensor.launch(_histogram_kernel, tiles, state, histogram, table, owners, **constants)
-    multi_tensor.launch(_finish_kernel, 1, threshold, remainder, state, histogram)
+        for place, launch in enumerate(launches):
+            multi_tensor.launch(
+                _histogram_kernel,
+                programs if sampled else min(programs, launch.tiles),
+                *(state, histogram, verdict, tally, candidates, sizes, launch.table, launch.owners),
+                PASS=number,
+                BRACKETED=sampled and place == 0,  # the first launch looks at the candidates of all layers
+                SIZED=sized and sampled and place == 0,
+                **launch.constants,
+            )
+    multi_tensor.launch(_finish_kernel, 1, threshold, remainder, state, histogram, verdict, low, high)
     return threshold, remainder
+
+
+def _launches(layers: Sequence[tuple[Tensor, UnitGrid]], sampling: Sampling, device: torch.device) -> list[Launch]:
+    """A launch for every kind of layer: ragged or not, aligned or not."""
+    grids = [grid for _, grid in layers]
+    groups = multi_tensor.group_by(layers, lambda layer: _variant(*layer))
+    tiles = {variant: sum(-(-grid.units // _TILE) for _, grid in members) for variant, members in groups.items()}
+    programs = min(sampling.programs, max(tiles.values()))
+    units, sized, usual = sum(grid.units for grid in grids), not bracket.one_size(grids), _usual_size(grids)
+    capacity = bracket.segment_capacity(units, programs, sized, sampling)
+    launches: list[Launch] = []
+    for (ragged, aligned), members in groups.items():
+        fields = [(tiles[ragged, aligned], usual, *_fields(*layer), programs, capacity) for layer in members]
+        counts = [grid.units for _, grid in members]
+        table, owners, _ = multi_tensor.tables(fields, counts, _TILE, device)
+        block = 512 if ragged or sized else 1024
+        constants = {"RAGGED": ragged, "ALIGNED": aligned, "BLOCK": block, "ROUNDS": _TILE // block}
+        launches.append(Launch(table, owners, tiles[ragged, aligned], programs, capacity, constants))
+    return launches
+
+
+def _usual_size(grids: Sequence[UnitGrid]) -> int:
+    """The size that most units have, as far as whole layers and their inner units tell."""
+    units: dict[int, int] = {}
+    for grid in grids:
+        size = grid.uniform_size or grid.row_size * grid.col_size
+        units[size] = units.get(size, 0) + grid.units
+    return max(units, key=lambda size: units[size])
 
 
 def _fields(score: Tensor, grid: UnitGrid) -> tuple[int, ...]:
     row_size, col_size = grid.row_size, grid.col_size
-    if grid.uniform_size is not None and grid.units:
+    if grid.uniform_size is not None:
         row_size, col_size = grid.last_row_size, grid.last_col_size  # all that a grid of one row or column has
     sizes = (row_size, grid.last_row_size, col_size, grid.last_col_size)
-    return (score.data_ptr(), grid.units, max(grid.cols, 1), *sizes)
+    return (score.data_ptr(), grid.units, grid.cols, *sizes)
 
 
 def _variant(score: Tensor, grid: UnitGrid) -> tuple[bool, bool]:

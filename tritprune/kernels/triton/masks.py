@@ -13,12 +13,14 @@ element) and the pruned share of the weights written.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritprune.kernels.packing import is_packed, packed_length
 from tritprune.kernels.reference import SMALL_UNIT, Block
 from tritprune.kernels.triton import multi_tensor
 from tritprune.kernels.triton.multi_tensor import at, find_tile, load_pointer, load_size, walk_grid
@@ -27,6 +29,22 @@ from tritprune.kernels.units import UnitGrid
 FIELDS = tl.constexpr(10)
 APPLY_FIELDS = tl.constexpr(11)
 _BLOCK = 1024
+
+
+@triton.jit
+def _load_mask(mask_ptr, unit, inside, PACKED: tl.constexpr):
+    """1 where a unit stays, and where there is none, else 0: of a byte or of a bit a unit."""
+    if PACKED:
+        byte = tl.load(mask_ptr + (unit >> 3), mask=inside, other=-1)
+        return ((byte.to(tl.int32) >> (7 - (unit & 7).to(tl.int32))) & 1).to(tl.int8)
+    return tl.load(mask_ptr + unit, mask=inside, other=1)
+
+
+@triton.jit
+def pack_bits(keep, BLOCK: tl.constexpr):
+    """Eight neighbours to a byte, the first in the highest bit: int1 [BLOCK] -> int8 [BLOCK // 8]."""
+    places = 7 - tl.arange(0, 8)[None, :]  # [1, 8]
+    return tl.sum(tl.reshape(keep.to(tl.int32), [BLOCK // 8, 8]) << places, 1).to(tl.int8)
 
 
 @triton.jit
@@ -69,11 +87,13 @@ def _ties_kernel(
 @triton.jit
 def _masks_kernel(
     ties_ptr,  # [tiles of all layers] int64
-    from_here_ptr,  # [tiles of all layers] int64: tied elements from this tile to the last
+    up_to_here_ptr,  # [tiles of all layers] int64: tied elements from the first tile to this one
+    total_ptr,  # [1] int64: tied elements of all tiles
     table_ptr,  # [T, FIELDS]: as above
     owners_ptr,  # [tiles]
     threshold_ptr,  # [] fp32
     remainder_ptr,  # [] int64
+    PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -86,11 +106,16 @@ def _masks_kernel(
     score, unit, inside, tied = _tied_elements(row_ptr, tile, threshold, n_units, score_ptr, RAGGED, BLOCK)
     keep = score > threshold
     number = tl.load(row_ptr + 1) + tile
-    if tl.load(ties_ptr + number) > 0:
+    own = tl.load(ties_ptr + number)
+    if own > 0:
         before = tl.cumsum(tied, 0) - tied  # [BLOCK]
-        elements = tl.load(from_here_ptr + number) - before
+        elements = tl.load(total_ptr) - tl.load(up_to_here_ptr + number) + own - before
         keep = keep | ((tied > 0) & (elements > tl.load(remainder_ptr)))
-    tl.store(mask_ptr + unit, keep.to(tl.int8), mask=inside)
+    if PACKED:
+        byte = tile * (BLOCK // 8) + tl.arange(0, BLOCK // 8)  # [BLOCK // 8] int64
+        tl.store(mask_ptr + byte, pack_bits(keep & inside, BLOCK), mask=byte < tl.cdiv(n_units, 8))
+    else:
+        tl.store(mask_ptr + unit, keep.to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -98,6 +123,7 @@ def _apply_kernel(
     table_ptr,  # [T, APPLY_FIELDS]: first tile, tensor, mask, R, C, tensor strides, mask strides, n, m
     owners_ptr,  # [tiles]
     TYPE: tl.constexpr,
+    PACKED: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -116,7 +142,7 @@ def _apply_kernel(
     else:
         unit_rows = rows // tl.load(row_ptr + 9).to(tl.int32)
         unit_cols = cols // tl.load(row_ptr + 10).to(tl.int32)
-    keep = tl.load(mask_ptr + at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), mask=inside, other=1)
+    keep = _load_mask(mask_ptr, at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), inside, PACKED)
     zero = tl.zeros([BLOCK], TYPE)
     tl.store(tensor_ptr + at(rows, cols, stride_r, stride_c), zero, mask=inside & (keep == 0))
 
@@ -127,6 +153,7 @@ def _violations_kernel(
     table_ptr,  # [T, APPLY_FIELDS + 1]: first tile, tensor, mask, R, C, tensor strides, mask strides, n, m, layer
     owners_ptr,  # [tiles]
     TYPE: tl.constexpr,
+    PACKED: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -146,7 +173,7 @@ def _violations_kernel(
     else:
         unit_rows = rows // tl.load(row_ptr + 9).to(tl.int32)
         unit_cols = cols // tl.load(row_ptr + 10).to(tl.int32)
-    keep = tl.load(mask_ptr + at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), mask=inside, other=1)
+    keep = _load_mask(mask_ptr, at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), inside, PACKED)
     bits = tl.load(tensor_ptr + at(rows, cols, stride_r, stride_c), mask=inside & (keep == 0), other=0)
     found = tl.sum((bits + bits != 0).to(tl.int32))  # twice the bits: the sign falls out, -0 is zero
     if found > 0:
@@ -154,10 +181,10 @@ def _violations_kernel(
 
 
 def masks_from_threshold(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor, *, packed: bool = False
 ) -> list[Tensor]:
     """See :func:`tritprune.kernels.reference.masks_from_threshold`; no synchronisation."""
-    masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
+    masks = [empty_mask(score, packed) for score in scores]
     layers: list[_ThresholdLayer] = []
     tiles = 0
     for mask, score, grid in zip(masks, scores, grids, strict=True):
@@ -175,47 +202,43 @@ def masks_from_threshold(
     ]
     for constants, (table, owners, programs) in launches:
         multi_tensor.launch(_ties_kernel, programs, ties, table, owners, threshold, **constants)
-    from_here = ties.flip(0).cumsum(0).flip(0)
+    up_to_here = ties.cumsum(0)
     for constants, (table, owners, programs) in launches:
-        arguments = (ties, from_here, table, owners, threshold, remainder)
-        multi_tensor.launch(_masks_kernel, programs, *arguments, **constants)
+        arguments = (ties, up_to_here, up_to_here[-1:], table, owners, threshold, remainder)
+        multi_tensor.launch(_masks_kernel, programs, *arguments, PACKED=packed, **constants)
     return masks
 
 
 def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
     """See :func:`tritprune.kernels.reference.apply_masks_`; one launch per width of element and size of small block."""
-    layers = [_oriented(*layer) for layer in zip(tensors, masks, blocks, strict=True)]
-    for (width, n, m), members in multi_tensor.group_by(layers, lambda layer: _apply_variant(*layer)).items():
+    layers = [_MaskedLayer.of(*layer) for layer in zip(tensors, masks, blocks, strict=True)]
+    for (width, packed, n, m), members in multi_tensor.group_by(layers, lambda layer: layer.variant).items():
         table, owners, tiles = multi_tensor.tables(
-            [
-                (tensor.data_ptr(), mask.data_ptr(), *tensor.shape, *tensor.stride(), *mask.stride(), *block)
-                for tensor, mask, block in members
-            ],
-            [tensor.numel() for tensor, _, _ in members],
+            [layer.fields for layer in members],
+            [layer.tensor.numel() for layer in members],
             _BLOCK,
             tensors[0].device,
         )
         zero_type = tl.int32 if width == 4 else tl.int16  # zero has the same bits in every type of that width
-        multi_tensor.launch(_apply_kernel, tiles, table, owners, TYPE=zero_type, N=n, M=m, BLOCK=_BLOCK)
+        constants = {"TYPE": zero_type, "PACKED": packed, "N": n, "M": m, "BLOCK": _BLOCK}
+        multi_tensor.launch(_apply_kernel, tiles, table, owners, **constants)
 
 
 def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
     """See :func:`tritprune.kernels.reference.count_violations`; launches as for :func:`apply_masks_`."""
     device = masks[0].device if masks else torch.device("cpu")
     counts = torch.zeros(len(masks), dtype=torch.int64, device=device)
-    layers = [(*_oriented(*layer), index) for index, layer in enumerate(zip(tensors, masks, blocks, strict=True))]
-    for (width, n, m), members in multi_tensor.group_by(layers, lambda layer: _apply_variant(*layer[:3])).items():
+    layers = [(_MaskedLayer.of(*layer), index) for index, layer in enumerate(zip(tensors, masks, blocks, strict=True))]
+    for (width, packed, n, m), members in multi_tensor.group_by(layers, lambda layer: layer[0].variant).items():
         table, owners, tiles = multi_tensor.tables(
-            [
-                (tensor.data_ptr(), mask.data_ptr(), *tensor.shape, *tensor.stride(), *mask.stride(), *block, index)
-                for tensor, mask, block, index in members
-            ],
-            [tensor.numel() for tensor, *_ in members],
+            [(*layer.fields, index) for layer, index in members],
+            [layer.tensor.numel() for layer, _ in members],
             _BLOCK,
             device,
         )
         bits = tl.int32 if width == 4 else tl.int16
-        multi_tensor.launch(_violations_kernel, tiles, counts, table, owners, TYPE=bits, N=n, M=m, BLOCK=_BLOCK)
+        constants = {"TYPE": bits, "PACKED": packed, "N": n, "M": m, "BLOCK": _BLOCK}
+        multi_tensor.launch(_violations_kernel, tiles, counts, table, owners, **constants)
     return counts
 
 
@@ -241,15 +264,37 @@ class _ThresholdLayer:
         return self.grid.uniform_size is None, aligned
 
 
-def _oriented(tensor: Tensor, mask: Tensor, block: Block) -> tuple[Tensor, Tensor, Block]:
-    """With the columns adjacent in memory where they can be."""
-    if tensor.stride(0) < tensor.stride(1):
-        return tensor.t(), mask.t(), (block[1], block[0])
-    return tensor, mask, block
+class _MaskedLayer(NamedTuple):
+    """A tensor with its mask, columns adjacent in memory where they can be."""
+
+    tensor: Tensor
+    mask: Tensor
+    mask_strides: tuple[int, ...]  # from unit to unit, in bytes or, of a packed mask, in bits
+    block: Block
+
+    @classmethod
+    def of(cls, tensor: Tensor, mask: Tensor, block: Block) -> "_MaskedLayer":
+        packed_strides = (-(-tensor.shape[1] // block[1]), 1)
+        strides = packed_strides if is_packed(mask) else mask.stride()
+        if tensor.stride(0) < tensor.stride(1):
+            return cls(tensor.t(), mask, strides[::-1], (block[1], block[0]))
+        return cls(tensor, mask, strides, block)
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        tensor = self.tensor
+        addresses = (tensor.data_ptr(), self.mask.data_ptr())
+        return (*addresses, *tensor.shape, *tensor.stride(), *self.mask_strides, *self.block)
+
+    @property
+    def variant(self) -> tuple[int, bool, int, int]:
+        """(bytes of an element, packed, n, m): what a launch has in common; n = m = 0: read from the table."""
+        small = self.block[0] * self.block[1] <= SMALL_UNIT
+        return (self.tensor.element_size(), is_packed(self.mask), *(self.block if small else (0, 0)))
 
 
-def _apply_variant(tensor: Tensor, mask: Tensor, block: Block) -> tuple[int, int, int]:
-    """(bytes of an element, n, m): what a launch has in common; n = m = 0 where the block is read from the table."""
-    del mask
-    small = block[0] * block[1] <= SMALL_UNIT
-    return (tensor.element_size(), *(block if small else (0, 0)))
+def empty_mask(score: Tensor, packed: bool) -> Tensor:
+    """Room for the mask of a score: of its shape, or packed."""
+    if packed:
+        return torch.empty(packed_length(score.numel()), dtype=torch.uint8, device=score.device)
+    return torch.empty(score.shape, dtype=torch.bool, device=score.device)

@@ -1,4 +1,4 @@
-"""Kept and changed units of each layer: both masks are read once, 2 bytes a unit.
+"""Kept and changed units of each layer: both masks are read once, 2 bytes a unit, or 2 bits of packed masks.
 
 kept_t = sum mask,    changed_t = sum mask xor previous
 """
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritprune.kernels.packing import is_packed
 from tritprune.kernels.triton import multi_tensor
 from tritprune.kernels.triton.multi_tensor import find_tile, load_pointer, load_size
 
@@ -18,10 +19,20 @@ _BLOCK = 2048
 
 
 @triton.jit
+def _ones(byte):
+    """How many bits of each byte are set: int8 -> int32."""
+    bits = byte.to(tl.int32) & 255
+    bits = bits - ((bits >> 1) & 0x55)
+    bits = (bits & 0x33) + ((bits >> 2) & 0x33)
+    return (bits + (bits >> 4)) & 0x0F
+
+
+@triton.jit
 def _statistics_kernel(
     counts_ptr,  # [T, 2] int64: kept, changed
-    table_ptr,  # [T, FIELDS]: first tile, layer, mask, previous mask, units
+    table_ptr,  # [T, FIELDS]: first tile, layer, mask, previous mask, bytes of a mask
     owners_ptr,  # [tiles]
+    PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -29,14 +40,19 @@ def _statistics_kernel(
     layer = tl.load(row_ptr + 1)
     mask_ptr = load_pointer(row_ptr + 2, tl.int8, ALIGNED)
     previous_ptr = load_pointer(row_ptr + 3, tl.int8, ALIGNED)
-    n_units = load_size(row_ptr + 4, ALIGNED)
-    unit = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
-    inside = unit < n_units
-    keep = tl.load(mask_ptr + unit, mask=inside, other=0)
-    kept_before = tl.load(previous_ptr + unit, mask=inside, other=0)
-    tl.atomic_add(counts_ptr + 2 * layer, tl.sum(keep.to(tl.int32)).to(tl.int64), sem="relaxed")
-    changed = tl.sum((keep != kept_before).to(tl.int32))
-    tl.atomic_add(counts_ptr + 2 * layer + 1, changed.to(tl.int64), sem="relaxed")
+    n_bytes = load_size(row_ptr + 4, ALIGNED)
+    place = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    inside = place < n_bytes
+    keep = tl.load(mask_ptr + place, mask=inside, other=0)
+    kept_before = tl.load(previous_ptr + place, mask=inside, other=0)
+    if PACKED:
+        kept = _ones(keep)
+        changed = _ones(keep ^ kept_before)
+    else:
+        kept = keep.to(tl.int32)
+        changed = (keep != kept_before).to(tl.int32)
+    tl.atomic_add(counts_ptr + 2 * layer, tl.sum(kept).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + 2 * layer + 1, tl.sum(changed).to(tl.int64), sem="relaxed")
 
 
 def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
@@ -47,17 +63,20 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tens
         (index, mask.contiguous(), old.contiguous())
         for index, (mask, old) in enumerate(zip(masks, previous, strict=True))
     ]
-    for aligned, members in multi_tensor.group_by(layers, lambda layer: _aligned(*layer)).items():
+    for (packed, aligned), members in multi_tensor.group_by(layers, lambda layer: _variant(*layer)).items():
         table, owners, tiles = multi_tensor.tables(
             [(index, mask.data_ptr(), old.data_ptr(), mask.numel()) for index, mask, old in members],
             [mask.numel() for _, mask, _ in members],
             _BLOCK,
             device,
         )
-        multi_tensor.launch(_statistics_kernel, tiles, counts, table, owners, ALIGNED=aligned, BLOCK=_BLOCK)
+        constants = {"PACKED": packed, "ALIGNED": aligned, "BLOCK": _BLOCK}
+        multi_tensor.launch(_statistics_kernel, tiles, counts, table, owners, **constants)
     return counts
 
 
-def _aligned(index: int, mask: Tensor, previous: Tensor) -> bool:
+def _variant(index: int, mask: Tensor, previous: Tensor) -> tuple[bool, bool]:
+    """(packed, aligned): what a launch has in common."""
     del index
-    return multi_tensor.is_aligned(mask.data_ptr(), previous.data_ptr(), mask.numel())
+    aligned = multi_tensor.is_aligned(mask.data_ptr(), previous.data_ptr(), mask.numel())
+    return is_packed(mask), aligned

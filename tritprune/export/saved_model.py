@@ -3,16 +3,15 @@
 The folder::
 
     model.safetensors    every weight and persistent buffer, named as in the model's ``state_dict``
-    manifest.json        how to build the model, which linears have which size, SHA-256 of the other files, versions
+    manifest.json        how to build the model, which layers have which size, SHA-256 of the other files, versions
     config.json          a Hugging Face model's configuration; ``from_pretrained`` reads it where it can say all widths
 """
 
-import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tritprune.errors import CheckpointError, ConfigError, MissingPackageError, RunFolderError, TritpruneError
+from tritprune.export.library_config import describe, even_widths
 from tritprune.registry import did_you_mean, models
+from tritprune.slimming import SlimResult
 
 FORMAT = 1
 WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
-KINDS = ("registered", "transformers")
-FEED_FORWARD_SIZES = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "hidden_dim", "n_inner", "d_ff", "mlp_dim")
-"""Names that Hugging Face configurations give to the width of all feed-forward layers."""
+KINDS = ("registered", "transformers", "class")
 
 
 def save_model(
@@ -47,8 +46,9 @@ def save_model(
         model: any module whose state is tensors; tied tensors are stored once.
         folder: made if it is missing.
         builder: how to build the bare model: ``{"kind": "transformers", "class": name}`` for a Hugging Face model, or
-            ``{"kind": "registered", "name": name, "arguments": {...}}`` for one of :data:`tritprune.registry.models`.
-        widths: ``SlimResult.widths`` of a slim model: where its linears and head counts are not the bare ones.
+            ``{"kind": "registered", "name": name, "arguments": {...}}`` for one of :data:`tritprune.registry.models`,
+            or ``{"kind": "class", "class": "my_module.Net", "arguments": {...}}``; see :func:`builder_of`.
+        widths: ``SlimResult.widths`` of a slim model: where its layers and head counts are not the bare ones.
         extra: plain values that the manifest keeps for its reader.
 
     Returns:
@@ -60,14 +60,16 @@ def save_model(
     """
     folder = Path(folder)
     _check_builder(builder, ConfigError)
-    widths = {"linears": {}, "attributes": {}, **(widths or {})}
+    widths = {"layers": {}, "attributes": {}, **(widths or {})}
     tensors, aliases = _tensors(model)
     manifest: dict[str, Any] = {"format": FORMAT, "class": type(model).__name__, "builder": dict(builder)}
     manifest |= {"widths": widths, "aliases": aliases, "extra": dict(extra or {})}
     config = None
     if builder["kind"] == "transformers":
-        config, plain = _describe_transformers(model, builder, widths)
-        manifest |= {"from_pretrained": plain, "attention": getattr(config, "_attn_implementation", None)}
+        described = describe(model, _own_class(model, builder))
+        config = described.config
+        manifest |= {"from_pretrained": described.complete, "from_pretrained_because": described.because}
+        manifest["attention"] = getattr(config, "_attn_implementation", None)
     manifest["versions"] = _versions(builder)
     _refuse_strangers(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -93,18 +95,103 @@ def save_model(
     return folder
 
 
-def load_model(folder: str | os.PathLike[str]) -> nn.Module:
+def save(
+    model: nn.Module | SlimResult,
+    folder: str | os.PathLike[str],
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    uniform: bool = False,
+) -> Path:
+    """Save a model, or the result of slimming one, so that :func:`tritprune.load` builds it again anywhere.
+
+    Args:
+        model: a model as its class makes it, or what :func:`tritprune.slim_model` returned.
+        folder: made if it is missing; replaced if it holds a saved model.
+        arguments: what the model's class was called with, for a class of your own.
+        uniform: pad a transformers model's layers to the same widths, so that ``from_pretrained`` loads it, too.
+
+    Returns:
+        The folder; :func:`loads_with` says in one line how it loads.
+
+    Raises:
+        ConfigError: a class that cannot be built again, or widths that cannot be evened out.
+        RunFolderError: the folder cannot be written, or holds something else than a saved model.
+    """
+    bare = model.model if isinstance(model, SlimResult) else model
+    widths = model.widths if isinstance(model, SlimResult) else None
+    builder = builder_of(bare, arguments)
+    if uniform:
+        if builder["kind"] != "transformers":
+            raise ConfigError(f"uniform is for models of transformers; {type(bare).__name__} has no configuration")
+        bare, _ = even_widths(bare, type(bare))
+        widths = None
+    return save_model(bare, folder, builder=builder, widths=widths)
+
+
+def builder_of(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How :func:`save_model` says which class a model is of: of transformers, registered, or any other.
+
+    Args:
+        model: the model.
+        arguments: what its class was called with, in plain values; of no use to a transformers model.
+
+    Raises:
+        ConfigError: the class cannot be imported by name (it is local to a function), so it cannot be built again.
+    """
+    kind = type(model)
+    if hasattr(model, "config") and getattr(import_module(kind.__module__.split(".")[0]), kind.__name__, None) is kind:
+        return {"kind": "transformers", "class": kind.__name__}
+    given = dict(arguments or {})
+    for name in models:
+        if models.get(name) is kind:
+            return {"kind": "registered", "name": name, "arguments": given}
+    if "<locals>" in kind.__qualname__ or "." in kind.__qualname__:
+        raise ConfigError(
+            f"{kind.__qualname__} is defined inside of something else and cannot be imported again; "
+            "define it at the top of a module"
+        )
+    return {"kind": "class", "class": f"{kind.__module__}.{kind.__qualname__}", "arguments": given}
+
+
+def loads_with(folder: str | os.PathLike[str]) -> str:
+    """How a saved model loads, in one line: "from_pretrained: yes, ..." or "from_pretrained: no, because ..."."""
+    manifest = _read_manifest(Path(folder))
+    if manifest["builder"]["kind"] != "transformers":
+        return "from_pretrained: no, because it is no transformers model; tritprune.load loads it"
+    because = str(manifest.get("from_pretrained_because", ""))
+    if manifest.get("from_pretrained"):
+        return f"from_pretrained: yes, {because}"
+    return f"from_pretrained: no, because {because}; tritprune.load loads it"
+
+
+def load_model(
+    folder: str | os.PathLike[str], *, plugins: Sequence[str] = (), build: Callable[..., nn.Module] | None = None
+) -> nn.Module:
     """Build the model that was saved in ``folder``, with its widths and weights, on the CPU and in evaluation mode.
+
+    A folder decides on no code that is run: beside the library's own classes and registered ones, only the modules that
+    the caller names are imported.
+
+    Args:
+        folder: what :func:`save_model` wrote.
+        plugins: modules to import first: those that register a model, or that hold the model's class.
+        build: makes the bare model from the builder's arguments, in the place of what the manifest names.
 
     Raises:
         CheckpointError: something is missing, damaged or does not fit; the message says what.
+        ConfigError: a plugin that cannot be imported.
         MissingPackageError: transformers is needed and not installed.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    for plugin in plugins:
+        try:
+            import_module(plugin)
+        except ImportError as error:
+            raise ConfigError(f"plugins: cannot import '{plugin}' ({error})") from error
+    manifest = _read_manifest(folder, plugins if build is None else None)
     try:
         tensors = load_file(folder / WEIGHTS)
-        model = _build(folder, manifest)
+        model = _build(folder, manifest, build)
         _resize(model, manifest["widths"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         if isinstance(error, TritpruneError):
@@ -140,6 +227,8 @@ def _check_builder(builder: Mapping[str, Any], error: type[TritpruneError]) -> N
         raise error(f"no model is registered as '{name}'; {did_you_mean(name, models.names())}")
     if kind == "transformers":
         _transformers_class(builder, error)
+    if kind == "class" and not isinstance(builder.get("class"), str):
+        raise error("a builder of kind 'class' names the class: {'kind': 'class', 'class': 'my_module.Net'}")
 
 
 def _transformers_class(builder: Mapping[str, Any], error: type[TritpruneError]) -> Any:
@@ -156,31 +245,11 @@ def _transformers_class(builder: Mapping[str, Any], error: type[TritpruneError])
     return found
 
 
-def _describe_transformers(model: nn.Module, builder: Mapping[str, Any], widths: Mapping[str, Any]) -> tuple[Any, bool]:
-    """The configuration to store, and whether it alone describes the model, so that ``from_pretrained`` loads it."""
+def _own_class(model: nn.Module, builder: Mapping[str, Any]) -> Any:
     library_class = _transformers_class(builder, ConfigError)
     if type(model) is not library_class:
         raise ConfigError(f"the builder makes a {library_class.__name__}, the model is a {type(model).__name__}")
-    config: Any = copy.deepcopy(model.config)
-    config.architectures = [library_class.__name__]
-    if not widths["attributes"]:
-        sizes = sorted({size for linear in widths["linears"].values() for size in (linear["out"], linear["in"])})
-        names = [name for name in FEED_FORWARD_SIZES if isinstance(getattr(config, name, None), int)]
-        for changes in ({}, *({name: size} for name in names for size in sizes)):
-            candidate = copy.deepcopy(config)
-            for name, size in changes.items():
-                setattr(candidate, name, size)
-            if _fits(candidate, library_class, model):
-                return candidate, True
-    return config, False
-
-
-def _fits(config: Any, library_class: Any, model: nn.Module) -> bool:
-    """Whether a model built from ``config`` has the names and shapes of ``model``."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        built = library_class(copy.deepcopy(config))
-    shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
-    return shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return library_class
 
 
 def _versions(builder: Mapping[str, Any]) -> dict[str, str]:
@@ -220,8 +289,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file that it lists was found and its SHA-256 holds."""
+def _read_manifest(folder: Path, plugins: Sequence[str] | None = None) -> dict[str, Any]:
+    """The manifest, after every file that it lists was found and its SHA-256 holds.
+
+    Args:
+        folder: where it is.
+        plugins: modules that its builder may take a class from; None where its builder is not to be used.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         known, files, builder = manifest["format"], manifest["files"], manifest["builder"]
@@ -243,16 +317,32 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is damaged: its SHA-256 is {found[:16]}..., the manifest says {expected[:16]}..."
             )
+    if plugins is None:
+        return manifest
     _check_builder(builder, CheckpointError)
+    if builder["kind"] == "class":
+        module, _, name = builder["class"].rpartition(".")
+        if module not in plugins:
+            raise CheckpointError(
+                f"the model in {folder} is a {builder['class']}; code is imported only when you ask for it: "
+                f"load it with plugins=['{module}'], or with build={name}"
+            )
+        if not isinstance(getattr(import_module(module), name, None), type):
+            raise CheckpointError(f"the model in {folder} is a {builder['class']}, and '{module}' has no such class")
     return manifest
 
 
-def _build(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
+def _build(folder: Path, manifest: Mapping[str, Any], build: Callable[..., nn.Module] | None) -> nn.Module:
     """The bare model; the global random state stays as it is."""
     builder = manifest["builder"]
     with torch.random.fork_rng(devices=[]):
+        if build is not None:
+            return build(**builder.get("arguments", {}))
         if builder["kind"] == "registered":
             return models.get(builder["name"])(**builder.get("arguments", {}))
+        if builder["kind"] == "class":
+            module, _, name = builder["class"].rpartition(".")
+            return getattr(import_module(module), name)(**builder.get("arguments", {}))
         library_class = _transformers_class(builder, CheckpointError)
         config = library_class.config_class.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         if manifest.get("attention"):
@@ -261,21 +351,51 @@ def _build(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
 
 
 def _resize(model: nn.Module, widths: Mapping[str, Any]) -> None:
-    """Give linears the sizes of the manifest (their weights are filled later) and set the head counts."""
-    for name, size in widths["linears"].items():
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(f"the manifest sizes '{name}', which is {type(linear).__name__}, not a linear")
-        linear.weight = nn.Parameter(linear.weight.new_zeros(size["out"], size["in"]))
-        bias = nn.Parameter(linear.weight.new_zeros(size["out"])) if size["bias"] else None
-        linear.register_parameter("bias", bias)
-        linear.out_features, linear.in_features = size["out"], size["in"]
-    for name, attributes in widths["attributes"].items():
+    """Give layers the shapes of the manifest (their tensors are filled later) and set their sizes and head counts."""
+    for name, layer in {**_linears(widths.get("linears", {})), **widths.get("layers", {})}.items():
         module = model.get_submodule(name)
-        for attribute, value in attributes.items():
-            if not isinstance(getattr(module, attribute), int) or not isinstance(value, int):
-                raise CheckpointError(f"the manifest sets '{name}.{attribute}' to {value!r}, which is not a count")
-            setattr(module, attribute, value)
+        for part, shape in layer["tensors"].items():
+            _reshape(module, name, part, shape)
+        _set_counts(module, name, layer["sizes"])
+    for name, counts in widths["attributes"].items():
+        _set_counts(model.get_submodule(name), name, counts)
+
+
+def _linears(linears: Mapping[str, Any]) -> dict[str, Any]:
+    """The form in which the first version wrote widths: ``{name: {"out", "in", "bias"}}``."""
+    return {
+        name: {
+            "tensors": {"weight": [size["out"], size["in"]], "bias": [size["out"]] if size["bias"] else None},
+            "sizes": {"out_features": size["out"], "in_features": size["in"]},
+        }
+        for name, size in linears.items()
+    }
+
+
+def _reshape(module: nn.Module, name: str, part: str, shape: list[int] | None) -> None:
+    where = f"{name}.{part}" if name else part
+    if part in module._buffers and shape is not None:
+        buffer = module._buffers[part]
+        if buffer is None:
+            raise CheckpointError(f"the manifest sizes '{where}', which is None")
+        module._buffers[part] = buffer.new_zeros(shape)
+    elif part in module._parameters:
+        like = next((p for p in module._parameters.values() if p is not None), None)
+        if like is None:
+            raise CheckpointError(f"the manifest sizes '{where}' of a module without parameters")
+        module.register_parameter(part, None if shape is None else nn.Parameter(like.new_zeros(shape)))
+    else:
+        raise CheckpointError(f"the manifest sizes '{where}', which is no tensor of {type(module).__name__}")
+
+
+def _set_counts(module: nn.Module, name: str, counts: Mapping[str, Any]) -> None:
+    for attribute, value in counts.items():
+        made = tuple(value) if isinstance(value, list) else value
+        old = getattr(module, attribute)
+        parts = made if isinstance(made, tuple) else (made,)
+        if type(made) is not type(old) or not all(type(part) is int for part in parts):
+            raise CheckpointError(f"the manifest sets '{name}.{attribute}' to {value!r}, which is not a count")
+        setattr(module, attribute, made)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str], folder: Path) -> None:

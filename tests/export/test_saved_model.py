@@ -1,4 +1,5 @@
 import copy
+import importlib
 import json
 import shutil
 import subprocess
@@ -118,6 +119,26 @@ def test_widths_biases_and_attributes(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
+def test_widths_of_any_layer(tmp_path):
+    model = Net()
+    model.up = nn.Linear(3, 5, bias=False)
+    layer = {"tensors": {"weight": [5, 3], "bias": None}, "sizes": {"out_features": 5, "in_features": 3}}
+    widths = {"layers": {"up": layer, "down": {"tensors": {"weight": [2, 5]}, "sizes": {"in_features": 5}}}}
+    model.down = nn.Linear(5, 2, bias=model.down.bias is not None)
+    widths["layers"]["twin"] = {"tensors": {"weight": [5, 3]}, "sizes": {"out_features": 5}}
+    model.twin = nn.Linear(3, 5, bias=model.twin.bias is not None)
+    if model.twin.bias is not None:
+        widths["layers"]["twin"]["tensors"]["bias"] = [5]
+    loaded = load_model(save_model(model, tmp_path / "net", builder=NET, widths=widths))
+    assert_same_state(loaded, model)
+    assert (loaded.up.out_features, loaded.down.in_features) == (5, 5)
+    edit_manifest(
+        tmp_path / "net", widths={"layers": {"up": {"tensors": {"wait": [5]}, "sizes": {}}}, "attributes": {}}
+    )
+    with pytest.raises(CheckpointError, match=r"sizes 'up\.wait', which is no tensor of Linear"):
+        load_model(tmp_path / "net")
+
+
 def test_slim_bert_loads_in_a_new_process_and_gives_its_certificate(tmp_path):
     model = bert()
     kill(model.bert.encoder.layer[0].intermediate.dense, slice(0, 6))
@@ -202,7 +223,7 @@ def test_failure_leaves_the_old_model(tmp_path, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tritprune.export.save_file", full)
+    monkeypatch.setattr("tritprune.export.saved_model.save_file", full)
     with pytest.raises(RunFolderError, match="No space left on device"):
         save_model(Net(), tmp_path / "net", builder=NET)
     assert_same_state(load_model(tmp_path / "net"), old)
@@ -224,7 +245,7 @@ def test_other_folders_are_not_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("builder", "message"),
     [
-        ({}, "unknown builder kind 'None'; known: registered, transformers"),
+        ({}, "unknown builder kind 'None'; known: class, registered, transformers"),
         ({"kind": "registred"}, "unknown builder kind 'registred'; did you mean 'registered'"),
         ({"kind": "registered", "name": "export_test_ne"}, "no model is registered as 'export_test_ne'; did you mean"),
         ({"kind": "transformers", "class": "AutoModel"}, "has no model class 'AutoModel'"),
@@ -281,7 +302,7 @@ def halve(path):
         (lambda f: edit_manifest(f, builder={"kind": "pickle"}), "unknown builder kind 'pickle'"),
         (lambda f: edit_manifest(f, builder={"kind": "transformers", "class": "Trainer"}), "no model class 'Trainer'"),
         (lambda f: edit_manifest(f, widths={"linears": {}, "attributes": {}}), r"'bert\.encoder.*is \[24, 34\], the m"),
-        (lambda f: edit_manifest(f, widths={}), r"cannot be built: KeyError: 'linears'"),
+        (lambda f: edit_manifest(f, widths={}), r"cannot be built: KeyError: 'attributes'"),
         (lambda f: edit_manifest(f, aliases={"a": "b"}), "is damaged: no tensor 'b'"),
         (lambda f: (f / "model.safetensors").unlink(), r"is incomplete: model\.safetensors is missing"),
         (lambda f: (f / "config.json").unlink(), r"is incomplete: config\.json is missing"),
@@ -297,7 +318,7 @@ def test_damaged_folders(damage, message, whole, tmp_path):
 
 
 def resign(folder, tensors):
-    from tritprune.export import _sha256
+    from tritprune.export.saved_model import _sha256
 
     save_file(tensors, folder / "model.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -327,3 +348,85 @@ def test_saved_model_is_not_the_live_one(tmp_path):
     with torch.no_grad():
         model.up.weight.zero_()
     assert_same_state(load_model(folder), before)
+
+
+MY_NETS = """
+from torch import nn
+
+class Mine(nn.Sequential):
+    def __init__(self, width=6):
+        super().__init__(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "my_nets.py").write_text(MY_NETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_nets", raising=False)
+    model = importlib.import_module("my_nets").Mine(width=8)
+    kill(model[0], [1, 2])
+    with torch.no_grad():
+        model[0].bias[1:3] = 1.0
+    return model.eval()
+
+
+def test_a_class_of_ones_own_loads_when_its_module_is_named(mine, tmp_path):
+    result = slim_model(mine, torch.rand(2, 3))
+    folder = tritprune.save(result, tmp_path / "slim", arguments={"width": 8})
+    assert tritprune.loads_with(folder) == (
+        "from_pretrained: no, because it is no transformers model; tritprune.load loads it"
+    )
+    with pytest.raises(CheckpointError, match=r"code is imported only when you ask for it: .*plugins=\['my_nets'\]"):
+        tritprune.load(folder)
+    loaded = tritprune.load(folder, plugins=["my_nets"])
+    assert (type(loaded), loaded[0].out_features) == (type(mine), 6)
+    assert_same_state(loaded, result.model)
+    built = tritprune.load(folder, build=lambda width: nn.Sequential(*type(mine)(width)))
+    assert type(built) is nn.Sequential
+    assert_same_state(built, result.model)
+
+
+def test_what_the_manifest_names_is_not_imported(mine, tmp_path, monkeypatch):
+    folder = tritprune.save(mine, tmp_path / "net", arguments={"width": 8})
+    edit_manifest(folder, builder={"kind": "class", "class": "evil.Net"})
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    for plugins in ([], ["my_nets"]):
+        with pytest.raises(CheckpointError, match=r"is a evil\.Net; code is imported only when you ask for it"):
+            tritprune.load(folder, plugins=plugins)
+    assert "evil" not in sys.modules
+    edit_manifest(folder, builder={"kind": "class", "class": "my_nets.Other"})
+    with pytest.raises(CheckpointError, match="'my_nets' has no such class"):
+        tritprune.load(folder, plugins=["my_nets"])
+    with pytest.raises(ConfigError, match="plugins: cannot import 'not_there'"):
+        tritprune.load(folder, plugins=["not_there"])
+
+
+def test_saving_finds_the_builder_itself(tmp_path):
+    from tritprune.export import builder_of
+
+    assert builder_of(bert()) == BERT
+    assert builder_of(Net(), {"width": 6}) == NET
+
+    class Local(nn.Linear):
+        pass
+
+    with pytest.raises(ConfigError, match="cannot be imported again"):
+        tritprune.save(Local(2, 2), tmp_path / "net")
+    with pytest.raises(ConfigError, match="uniform is for models of transformers; Net has no configuration"):
+        tritprune.save(Net(), tmp_path / "net", uniform=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_uniform_widths_load_with_from_pretrained_and_hold_the_certificate(tmp_path):
+    model = bert()
+    kill(model.bert.encoder.layer[0].intermediate.dense, slice(0, 10))
+    kill(model.bert.encoder.layer[1].intermediate.dense, slice(0, 4))
+    result = slim_model(model, TOKENS)
+    result.certificate.save(tmp_path)
+    folder = tritprune.save(result, tmp_path / "slim", uniform=True)
+    assert tritprune.loads_with(folder) == "from_pretrained: yes, BertConfig says all of its widths"
+    plain = type(model).from_pretrained(folder)
+    assert plain.bert.encoder.layer[0].intermediate.dense.out_features == 36
+    assert check_saved(plain, tmp_path)
+    assert check_saved(tritprune.load(folder), tmp_path)

@@ -1,0 +1,297 @@
+"""Post-training pruning of channels and heads: calibration batches choose the masks, no weight is trained.
+
+    pruner = RetrainFreePruner(model, pattern="channelx1", include=["**.output.dense"], target_sparsity=0.5)
+    pruner.calibrate(batches, lambda model, batch: model(**batch).loss)
+
+    1. mask gradients   g_b = dL/dm of every unit and batch, at m = 1: the sum of w g over the unit, signs included
+    2. mask search      the units with the smallest sum_b g_b^2 go, within budget, scope, floors and caps
+    3. rearrangement    in every layer units are exchanged while the layer's whole Fisher block says that it pays
+    4. tuning           with tune=True what is left is scaled by least squares, layer by layer
+
+Kwon et al. 2022, arXiv:2204.09656, section 4. Their tuning fits a layer together with the residual stream around it;
+here each output linear is fitted to its own dense outputs, so that no layer's surroundings have to be known.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tritprune.criteria import Criterion, RetrainFree, get_criterion
+from tritprune.errors import ConfigError, MaskMismatchError
+from tritprune.patterns import Pattern
+from tritprune.pruners.base import Pruner, register_pruner
+from tritprune.pruners.calibration import Calibration
+from tritprune.pruners.group import LayerGroup
+from tritprune.pruners.mask_tuning import Columns, columns_of, tune_
+from tritprune.pruners.reports import PruneEvent
+from tritprune.pruners.settings import check_groups
+from tritprune.pruners.update import Read, Update, put_in_force, read
+from tritprune.registry import did_you_mean
+from tritprune.selection import Normalize, normalize_scores
+
+OF_A_GROUP = (
+    "name", "pattern", "scope", "target_sparsity", "include", "exclude", "exclude_head", "min_layer_sparsity",
+    "max_layer_sparsity", "reduce", "normalize", "reset_state",
+)  # fmt: skip
+"""What a layer group may set for itself."""
+
+
+@register_pruner("retrain_free")
+class RetrainFreePruner(Pruner):
+    """Prunes channels or heads after training: Fisher mask search on calibration batches (arXiv:2204.09656, section 4).
+
+    Either :meth:`calibrate` runs the batches, or :meth:`attach` takes the first ``end_step`` steps of a training loop
+    as calibration: their gradients are taken from the optimizer, so that no weight and no optimizer state moves. What
+    comes after is training with fixed masks.
+
+    Args:
+        model: as for :class:`Pruner`.
+        end_step: calibration batches of a training loop; :meth:`calibrate` takes all that it is given.
+        pattern: ``channelx1``, ``1xchannel``, ``heads``: whatever has one block per unit.
+        rearrange: exchange units within a layer after the search; without it the diagonal decides alone.
+        target_sparsity: as for :class:`Pruner`, reached at once.
+        scope: as for :class:`Pruner`.
+        include: as for :class:`Pruner`.
+        exclude: as for :class:`Pruner`.
+        exclude_head: as for :class:`Pruner`.
+        min_layer_sparsity: as for :class:`Pruner`.
+        max_layer_sparsity: as for :class:`Pruner`.
+        reduce: sum: the Fisher information of whole units; mean: of their mask gradient over their size.
+        normalize: as for :class:`Pruner`.
+        reset_state: as for :class:`Pruner`.
+        guard: as for :class:`Pruner`.
+        groups: as for :class:`Pruner`, of these settings but ``end_step`` and ``rearrange``.
+        criterion: ``retrain_free``; or one without gradients (``random``, ``magnitude``), as a control in the same
+            place, which is not rearranged.
+        frequency: taken, as an experiment may set it, and not used: there is one mask update.
+        seed: for criteria that draw random numbers.
+
+    Raises:
+        ConfigError: a pattern without a block per unit, more units than can be kept per batch, a criterion with
+            gradients other than ``retrain_free``, or anything that :class:`Pruner` refuses.
+    """
+
+    fixes: ClassVar[dict[str, str]] = {"criterion": "retrain_free", "schedule": "one_shot"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        end_step: int = 32,
+        pattern: str | Mapping[str, Any] | Pattern = "channelx1",
+        rearrange: bool = True,
+        target_sparsity: float = 0.5,
+        scope: str = "global",
+        include: Sequence[str] = ("**",),
+        exclude: Sequence[str] = (),
+        exclude_head: bool = True,
+        min_layer_sparsity: float = 0.0,
+        max_layer_sparsity: float = 1.0,
+        reduce: str = "sum",
+        normalize: Normalize = "none",
+        reset_state: bool = False,
+        guard: str = "off",
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        criterion: str | Mapping[str, Any] | Criterion = "retrain_free",
+        frequency: int = 1,
+        seed: int = 0,
+    ) -> None:
+        del frequency
+        check_groups(groups)
+        if end_step is None or end_step == 0:
+            raise ConfigError("pruner 'retrain_free' needs calibration batches: end_step=32, at least 1")
+        if not isinstance(rearrange, bool):
+            raise ConfigError(f"rearrange is true or false, got {rearrange!r}")
+        self._calibrates = _check_criterion(criterion)
+        shared = {"criterion": criterion, "end_step": end_step}
+        super().__init__(
+            model,
+            criterion=criterion,
+            schedule="one_shot",
+            start_step=end_step,
+            end_step=end_step,
+            pattern=pattern,
+            target_sparsity=target_sparsity,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            exclude_head=exclude_head,
+            min_layer_sparsity=min_layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            reduce=reduce,
+            normalize=normalize,
+            reset_state=reset_state,
+            guard=guard,
+            groups=[_own_settings(group, shared) for group in groups] if groups else None,
+            seed=seed,
+        )
+        self.rearranges = rearrange
+        self.fisher_losses: dict[str, tuple[float, float]] = {}
+        """By layer or attention: the loss that its Fisher block gives the searched mask, and the rearranged one."""
+        self.tuning_errors: dict[str, tuple[float, float]] = {}
+        """By tuned layer: the squared error of its outputs over their squared norm, before and after tuning."""
+        self._calibrations = {group.name: Calibration(group) for group in self._groups}
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether optimizer steps still only show gradients."""
+        return self.step < self.final_step
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """The mask's Fisher information so far, ``sum_b g_b^2`` per unit: fp32, by layer name."""
+        found: dict[str, Tensor] = {}
+        for calibration in self._calibrations.values():
+            found |= calibration.diagonals()
+        return found
+
+    def calibrate(
+        self, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor], *, tune: bool = False
+    ) -> PruneEvent:
+        """Choose the masks from these batches and put them in force. Weights change only where they become zero.
+
+        The model runs in evaluation mode (no dropout), and is afterwards in the mode in which it was. Gradients that
+        were there are gone.
+
+        Args:
+            batches: whatever ``loss_fn`` takes; a few dozens of them.
+            loss_fn: ``(model, batch)`` -> the scalar loss.
+            tune: afterwards scale the columns that stay, so that every layer's outputs come near the dense ones on
+                these batches; :attr:`tuning_errors` says how near. Takes a copy of the model and two forward passes
+                per layer and batch, with ``loss_fn``.
+
+        Returns:
+            The event of the mask update.
+
+        Raises:
+            ConfigError: no batch, masks have been chosen already, or units that cannot be tuned.
+            NonFiniteScoreError: a mask gradient is NaN or infinite; no mask is put in force.
+        """
+        if not self.calibrating:
+            raise ConfigError("the masks are chosen already; make a new pruner to calibrate again")
+        if tune:
+            self._columns()  # refused before time is spent
+            batches = list(batches)
+        done = 0
+        with _evaluating(self.model):
+            for batch in batches:
+                self.model.zero_grad(set_to_none=True)
+                with torch.enable_grad():
+                    loss_fn(self.model, batch).backward()
+                with torch.no_grad():
+                    self._update_scores(None)
+                done += 1
+            self.model.zero_grad(set_to_none=True)
+        if not done:
+            raise ConfigError("calibrate() was given no batch")
+        self.step = max(self.step + done, self.final_step)
+        dense = copy.deepcopy(self.model) if tune else None
+        with torch.no_grad():
+            event = self._update_masks(list(self._groups))
+            self._apply()
+        if dense is not None:
+            with _evaluating(self.model), _evaluating(dense):
+                self.tuning_errors = tune_(self.model, dense, self._columns(), list(batches), loss_fn)
+        self._tell(event)
+        return event
+
+    def _columns(self) -> list[Columns]:
+        return [
+            columns_of(site, self._calibrations[group.name].mask_view(number), keep, group.pattern.label)
+            for group in self._groups
+            for number, (site, keep) in enumerate(zip(group.sites, group.kept_units(), strict=True))
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`Pruner.state_dict`, and the mask gradients of the batches so far."""
+        kept = {name: calibration.state_dict() for name, calibration in self._calibrations.items()}
+        return {**super().state_dict(), "calibration": kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        super().load_state_dict(state)
+        if set(state.get("calibration", ())) != set(self._calibrations):
+            raise MaskMismatchError("the pruner's state does not fit: it has no calibration of these groups")
+        for name, calibration in self._calibrations.items():
+            calibration.load_state_dict(state["calibration"][name])
+
+    @torch.no_grad()
+    def _score(self, optimizer: torch.optim.Optimizer | None) -> None:
+        calibrating = self.calibrating
+        super()._score(optimizer)
+        if calibrating and not self._skips_step:  # a weight without a gradient is left alone by every optimizer
+            held = self.model.parameters() if optimizer is None else _parameters(optimizer)
+            for parameter in held:
+                parameter.grad = None
+
+    def _update_scores(self, gradient_scale: Tensor | None) -> None:
+        if not self.calibrating:
+            return
+        for group in self._groups:
+            group.follow_device()
+            if self._calibrates:
+                self._calibrations[group.name].observe(gradient_scale)
+            elif group.scores is None:
+                group.update_scores_()
+
+    def _choose(self, due: list[LayerGroup]) -> Update:
+        if not self._calibrates:
+            return super()._choose(due)
+        chosen: list[Read] = []
+        for group in due:
+            calibration = self._calibrations[group.name]
+            searched = calibration.unit_scores()
+            before = group.kept_units()
+            keep = group.select_units(self.step, normalize_scores(searched, group.settings.normalize), before)
+            if self.rearranges:
+                keep = calibration.rearranged(keep, before, self.fisher_losses)
+            masks = group.pattern.all_layer_masks(group.sites, keep, calibration.block_scores(), group.masks)
+            chosen += read([group], [group.proposal(keep, masks, searched, before)], self.step)
+        update = put_in_force(due, chosen, self.step)
+        for group in due:
+            self._calibrations[group.name].forget()
+        return update
+
+
+def _check_criterion(criterion: str | Mapping[str, Any] | Criterion) -> bool:
+    """Whether calibration decides; False: a criterion without gradients does."""
+    found = get_criterion(criterion)
+    if found.needs_gradient and not isinstance(found, RetrainFree):
+        raise ConfigError(
+            f"pruner 'retrain_free' is calibrated by criterion retrain_free, got {type(found).__name__}; "
+            "pruner 'one_shot' takes any criterion"
+        )
+    return isinstance(found, RetrainFree)
+
+
+def _own_settings(group: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings beside those that all share."""
+    own = dict(group)
+    for key, value in shared.items():
+        if own.pop(key, value) != value:
+            raise ConfigError(f"all groups of pruner 'retrain_free' share {key}={value}, a group has {group[key]}")
+    for key in own:
+        if key not in OF_A_GROUP:
+            raise ConfigError(
+                f"a group of pruner 'retrain_free' has no key '{key}'; {did_you_mean(str(key), OF_A_GROUP)}"
+            )
+    return own
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Any:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,95 @@
+"""What a slim model has of the model that it was cut from: which indices, what is new or folded, how wide it is."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Selections = dict[str, dict[int, Tensor]]
+"""Parameter or buffer -> {dimension: int64 indices into it as it was, in the order kept}, for what was cut."""
+
+SIZES = (
+    *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "normalized_shape"),
+    *("num_groups", "num_channels", "embedding_dim", "num_embeddings", "nf", "nx"),
+)
+"""Attributes in which a layer says its own sizes."""
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by dotted name; each once, under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def selected(tensor: Tensor, selection: Mapping[int, Tensor]) -> Tensor:
+    """The part of ``tensor`` that ``selection`` keeps."""
+    for dimension, kept in selection.items():
+        tensor = tensor.index_select(dimension, kept.to(tensor.device))
+    return tensor
+
+
+def created_and_folded(
+    before: nn.Module, after: nn.Module, selections: Selections
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the tensors that only ``after`` has, and of those whose values are not simply what was kept."""
+    old, new = named_tensors(before), named_tensors(after)
+    created = tuple(name for name in new if name not in old)
+    folded = tuple(
+        name
+        for name, tensor in new.items()
+        if name in old and not _same(selected(old[name].detach(), selections.get(name, {})), tensor.detach())
+    )
+    return created, folded
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    equal = one == other
+    return bool((equal | (one.isnan() & other.isnan()) if one.is_floating_point() else equal).all())
+
+
+def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
+    """In plain values, what to do to a model like ``before`` so that the tensors of ``after`` fit in.
+
+    Returns:
+        ``{"layers": {module: {"tensors": {name: shape or None}, "sizes": {attribute: number or list}}},
+        "attributes": {module: {attribute: number}}}``: own tensors of a module that have another shape, or are new, or
+        gone (None); the attributes of :data:`SIZES` that changed; and all other counts that changed, as those of heads.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    old = dict(before.named_modules())
+    for name, module in after.named_modules():
+        was, now = _own_tensors(old[name]), _own_tensors(module)
+        tensors = {key: shape for key, shape in now.items() if was.get(key, None) != shape}
+        counts = dict(_changed_counts(old[name], module))
+        sizes = {key: value for key, value in counts.items() if key in SIZES}
+        if tensors or sizes:
+            layers[name] = {"tensors": tensors, "sizes": sizes}
+        if len(counts) > len(sizes):
+            attributes[name] = {key: value for key, value in counts.items() if key not in SIZES}
+    return {"layers": layers, "attributes": attributes}
+
+
+def _own_tensors(module: nn.Module) -> dict[str, list[int] | None]:
+    own = {**module._parameters, **module._buffers}
+    return {name: None if tensor is None else list(tensor.shape) for name, tensor in own.items()}
+
+
+def _changed_counts(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(after).items():
+        if name.startswith("_") or value == (was := vars(before).get(name)):
+            continue
+        if type(value) is int and type(was) is int:
+            yield name, value
+        elif isinstance(value, tuple) and value and all(type(part) is int for part in value):
+            yield name, list(value)
+
+
+@torch.no_grad()
+def compose(selections: Selections, name: str, dimension: int, kept: Tensor) -> None:
+    """Note that of what ``selections`` has kept so far of this dimension, only the indices ``kept`` stay."""
+    of_tensor = selections.setdefault(name, {})
+    kept = kept.detach().cpu()
+    of_tensor[dimension] = of_tensor[dimension][kept] if dimension in of_tensor else kept

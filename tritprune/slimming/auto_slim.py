@@ -1,0 +1,212 @@
+"""Which feed-forward channels and heads of a model can go, as groups for a pruner: no layer has to be named.
+
+What is proposed is proved first: on a copy of the model one unit of every block that the searchers find is made dead,
+the copy is slimmed, and only blocks that really got narrower are proposed. Everything else is refused by name.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritprune.errors import ConfigError
+from tritprune.patterns.heads import find_attentions, head_count
+from tritprune.slimming.leftovers import Refusal
+from tritprune.slimming.searchers import Linear2LinearSearcher, SelfMHASearcher
+from tritprune.slimming.slimmer import SlimResult, slim_model
+
+CHANNELS = {"name": "block", "n": "channel", "m": 1}
+
+
+class AutoSlimConfig(list[dict[str, Any]]):
+    """Groups for ``tritprune.Pruner(model, groups=...)``; a list, with the account of what is not in it.
+
+    Args:
+        groups: ``name``, ``include`` (exact layer names), ``pattern`` and ``target_sparsity`` each.
+        refused: blocks that cannot go, with the reason.
+    """
+
+    def __init__(self, groups: Iterable[Mapping[str, Any]], refused: Sequence[Refusal] = ()) -> None:
+        super().__init__(dict(group) for group in groups)
+        self.refused = list(refused)
+
+    def as_neural_compressor(self) -> list[dict[str, Any]]:
+        """The same as ``pruning_configs`` of a Neural Compressor config; ``op_names`` are regular expressions there."""
+        return [
+            {
+                "op_names": [f"^{re.escape(name)}$" for name in group["include"]],
+                "pattern": "channelx1" if group["pattern"] == CHANNELS else "mha",
+                "pruning_op_types": ["Linear"],
+                "target_sparsity": group["target_sparsity"],
+            }
+            for group in self
+        ]
+
+
+def parse_auto_slim_config(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    ffn2_sparsity: float = 0.0,
+    mha_sparsity: float = 0.0,
+    *,
+    example_inputs: Any = None,
+    tracer: str = "jit",
+    **settings: Any,
+) -> AutoSlimConfig:
+    """Derive the pruning groups of a model from its graph.
+
+    Args:
+        model: left as it is.
+        dataloader: its first batch is the example where ``example_inputs`` is not given: a tensor, a mapping (labels
+            are taken out), or (inputs, labels).
+        ffn2_sparsity: share of the feed-forward channels that go, in [0, 1); 0: none. A channel is pruned as a column
+            of the second linear; the slimmer then cuts the row of the first, too.
+        mha_sparsity: share of the attention heads that go, in [0, 1); 0: none.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        tracer: how to read the model.
+        settings: further settings for each group, such as ``scope`` or ``max_layer_sparsity``.
+
+    Raises:
+        ConfigError: sparsities out of range or both 0, no example, or nothing in the model that can go; the message has
+            the reasons.
+        TraceError: the model cannot be traced.
+    """
+    for name, value in (("ffn2_sparsity", ffn2_sparsity), ("mha_sparsity", mha_sparsity)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ConfigError(f"{name} is a share in [0, 1), got {value!r}")
+    if not (ffn2_sparsity or mha_sparsity):
+        raise ConfigError("auto-slim has nothing to do: ffn2_sparsity and mha_sparsity are both 0")
+    inputs = _example(dataloader) if example_inputs is None else example_inputs
+    channels = _channels(model, inputs) if ffn2_sparsity else {}
+    heads, refused = _heads(model, inputs) if mha_sparsity else ({}, [])
+    result = _trial(model, inputs, channels, heads, tracer)
+    groups: list[dict[str, Any]] = []
+    roots = [root for root in channels if _narrower(root, result)]
+    if roots:
+        groups.append(
+            {
+                "name": "feed_forward",
+                "include": roots,
+                "pattern": CHANNELS,
+                "target_sparsity": ffn2_sparsity,
+                **settings,
+            }
+        )
+    attentions = [linears for linears in heads.values() if _narrower(linears[-1], result)]
+    if attentions:
+        names = [name for linears in attentions for name in linears]
+        heads_pattern = {"name": "heads"}
+        groups.append(
+            {"name": "heads", "include": names, "pattern": heads_pattern, "target_sparsity": mha_sparsity, **settings}
+        )
+    refused += [
+        Refusal("feed-forward", root, _why(result, root, *channels[root])) for root in channels if root not in roots
+    ]
+    refused += [
+        Refusal("heads", name, _why(result, name, *linears))
+        for name, linears in heads.items()
+        if linears not in attentions
+    ]
+    if not groups:
+        reasons = "; ".join(f"{r.where}: {r.reason}" for r in refused[:4]) or "no two linears follow one another"
+        raise ConfigError(f"auto-slim finds nothing in {type(model).__name__} that can go: {reasons}")
+    return AutoSlimConfig(groups, refused)
+
+
+def model_slim(
+    model: nn.Module, dataloader: Iterable[Any] | None = None, *, example_inputs: Any = None, in_place: bool = False,
+    **settings: Any,
+) -> nn.Module:  # fmt: skip
+    """Cut what is zero out of a pruned model: the second half of auto-slim.
+
+    Args:
+        model: with its masks applied.
+        dataloader: its first batch is the example where ``example_inputs`` is not given.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        in_place: let ``model`` itself become the slim one, in one move at the end; its submodules are then other
+            objects. Else a slim copy is returned and ``model`` stays as it is.
+        settings: for :func:`slim_model`.
+
+    Returns:
+        The slim model.
+
+    Raises:
+        ConfigError, TraceError, CertificateError: as :func:`slim_model`; ``model`` is as it was.
+    """
+    inputs = _example(dataloader) if example_inputs is None else example_inputs
+    slim = slim_model(model, inputs, **settings).model
+    if not in_place:
+        return slim
+    for name, module in model.named_modules():
+        slim.get_submodule(name).training = module.training
+    vars(model).update(vars(slim))  # one step of the interpreter: the whole slim model or none of it
+    return model
+
+
+def _example(dataloader: Iterable[Any] | None) -> Any:
+    batch = next(iter(dataloader), None) if dataloader is not None else None
+    if batch is None:
+        raise ConfigError("give example_inputs, or a dataloader that has a batch: the model is read by running it once")
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name not in ("label", "labels")}
+    return batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
+
+
+def _channels(model: nn.Module, inputs: Any) -> dict[str, list[str]]:
+    """Linear that reads the channels -> the linears that make them."""
+    found = Linear2LinearSearcher(model, example_inputs=inputs).search()
+    return {item["root_linear"]: list(item["target_frontier_linears"]) for item in found}
+
+
+def _heads(model: nn.Module, inputs: Any) -> tuple[dict[str, list[str]], list[Refusal]]:
+    """Attention -> its query, key, value and output linears, for those whose heads a pruner knows to prune."""
+    known = {frozenset(parts): (name, list(parts)) for name, parts in find_attentions(model)}
+    attentions: dict[str, list[str]] = {}
+    refused: list[Refusal] = []
+    for item in SelfMHASearcher(model, example_inputs=inputs).search():
+        linears = [*item["qkv"], *item["ffn"]]
+        name, parts = known.get(frozenset(linears), ("", []))
+        if not parts:
+            reason = "its query, key, value and output are no four linears by names that pattern heads knows"
+            refused.append(Refusal("heads", ", ".join(linears), reason))
+        elif head_count(model, parts[0]) is None:
+            refused.append(Refusal("heads", name, "it does not say how many heads it has"))
+        else:
+            attentions[name] = parts
+    return attentions, refused
+
+
+@torch.no_grad()
+def _trial(
+    model: nn.Module, inputs: Any, channels: Mapping[str, Any], heads: Mapping[str, list[str]], tracer: str
+) -> SlimResult:
+    """Slim a copy in which the last channel of each block and the last head of each attention are dead."""
+    trial = copy.deepcopy(model)
+    for root in channels:
+        trial.get_parameter(f"{root}.weight")[:, -1:] = 0
+    for query, key, value, output in heads.values():
+        count = head_count(model, query) or 1
+        for name in (query, key, value):
+            weight = trial.get_parameter(f"{name}.weight")
+            weight[len(weight) - max(1, len(weight) // count) :] = 0
+        weight = trial.get_parameter(f"{output}.weight")
+        weight[:, weight.shape[1] - max(1, weight.shape[1] // count) :] = 0
+    return slim_model(trial, inputs, tracer=tracer)
+
+
+def _narrower(linear: str, result: SlimResult) -> bool:
+    return 1 in result.selections.get(f"{linear}.weight", {})
+
+
+def _why(result: SlimResult, name: str, *others: str) -> str:
+    """What the slimmer says about a block, found by any of its names."""
+    names = (name, *others)
+    for item in result.found:
+        mentioned = {item.get("where"), item.get("root_linear"), *item.get("qkv", ()), *item.get("ffn", ())}
+        if mentioned.intersection(names) and item.get("obstacle"):
+            return str(item["obstacle"])
+    said = [refusal.reason for refusal in result.refused if refusal.where in names]
+    return said[0] if said else "the slimmer does not cut it"

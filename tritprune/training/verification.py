@@ -1,0 +1,145 @@
+"""Is a finished run still what it says? Every file, mask and model is held against what was recorded.
+
+Nothing is trained or written. The models are loaded from the run folder, so a fresh process proves what a user gets.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tritprune.errors import CertificateError, CheckpointError, TritpruneError
+from tritprune.export import load_model
+from tritprune.pruners import MaskSet
+from tritprune.slimming import certify, check_saved, saved_inputs
+from tritprune.training.driver import MASKS, PRUNED, PRUNING, SLIM, SLIMMING
+
+CERTIFICATE = "certificate.json"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked.
+
+    Args:
+        what: what was held against what.
+        holds: whether it is as recorded.
+        detail: the figures, or the first file, layer or module that differs.
+    """
+
+    what: str
+    holds: bool
+    detail: str
+
+
+def verify_run(folder: Path, plugins: tuple[str, ...] = ()) -> list[Finding]:
+    """Check files against hashes, masks against the pruned model, and the slim model against the certificate.
+
+    Args:
+        folder: a run folder.
+        plugins: modules of your own that hold or register the model's class.
+
+    Raises:
+        CheckpointError: it is no run folder, or the run ended before it had a pruned model.
+    """
+    if not (folder / "run.json").is_file():
+        raise CheckpointError(f"verify={folder}: no run is there; give the folder that holds report.html and pruned/")
+    if not (folder / PRUNING).is_file():
+        raise CheckpointError(f"verify={folder}: the run has no pruned model yet, so there is nothing to verify")
+    return list(_Verification(folder, plugins).findings())
+
+
+class _Verification:
+    def __init__(self, folder: Path, plugins: tuple[str, ...]) -> None:
+        self.folder, self.plugins = folder, plugins
+        self.models: dict[str, nn.Module] = {}
+
+    def findings(self) -> Iterator[Finding]:
+        """Each check in turn; a check whose models cannot be loaded is not made, the finding before it says why."""
+        pruning = self._read(PRUNING)
+        slimmed = any((self.folder / name).exists() for name in (SLIMMING, SLIM, CERTIFICATE))
+        if slimmed:
+            yield self._held("files: SHA-256 as recorded", self._files)
+        for name in (PRUNED, *([SLIM] if slimmed else [])):
+            yield self._held(f"{name}/: hashes, and the model loads", lambda name=name: self._loads(name))
+        if PRUNED in self.models:
+            yield self._held("masks: as recorded, and pruned/ is zero there", lambda: self._masks(pruning))
+        if not slimmed:
+            yield Finding("slim model", True, "this run has none (slimmer=none)")
+            return
+        if SLIM in self.models:
+            yield self._held("slim/: the outputs of the certificate", lambda: self._outputs(SLIM))
+            yield self._held("slim/: parameters as recorded", self._counts)
+        if PRUNED in self.models:
+            yield self._held("pruned/: the outputs of the certificate", lambda: self._outputs(PRUNED))
+        if len(self.models) == 2:
+            yield self._held("slim/ against pruned/, module by module", self._modules)
+
+    def _held(self, what: str, check: Callable[[], str]) -> Finding:
+        try:
+            return Finding(what, True, check())
+        except TritpruneError as error:
+            return Finding(what, False, str(error))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{self.folder / name} is damaged: it holds no mapping")
+        return content
+
+    def _files(self) -> str:
+        recorded = self._read(CERTIFICATE).get("files")
+        if not isinstance(recorded, dict) or not recorded:
+            raise CheckpointError(f"{CERTIFICATE} records no hashes of files: the run is of an older version")
+        for name, expected in recorded.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{name} is missing")
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != expected:
+                raise CheckpointError(f"{name} was changed: its SHA-256 is {found[:16]}..., not {expected[:16]}...")
+        return ", ".join(recorded)
+
+    def _loads(self, name: str) -> str:
+        self.models[name] = load_model(self.folder / name, plugins=self.plugins)
+        return f"{sum(p.numel() for p in self.models[name].parameters()):,} parameters"
+
+    def _masks(self, pruning: dict[str, Any]) -> str:
+        masks, model = MaskSet.load(self.folder / MASKS), self.models[PRUNED]
+        if masks.digest() != pruning.get("digest"):
+            raise CheckpointError(f"{MASKS} holds other masks than those that {PRUNING} recorded")
+        zeros = 0
+        for name, layer in masks.items():
+            weight = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.weight")
+            if weight is None or tuple(weight.shape) != layer.weight_shape:
+                raise CheckpointError(f"'{name}' of {PRUNED}/ is not the layer that its mask is for")
+            alive = int((weight.detach()[~layer.element_mask()] != 0).sum())
+            if alive:
+                raise CheckpointError(f"'{name}' has {alive:,} weights in {PRUNED}/ where its mask prunes")
+            zeros += layer.zeros()
+        return f"{zeros:,} weights in {len(masks)} layers are pruned and zero"
+
+    def _outputs(self, name: str) -> str:
+        cases = len(saved_inputs(self.folder))
+        if not check_saved(self.models[name], self.folder):
+            raise CertificateError(f"{name}/ does not give the outputs that {CERTIFICATE} certifies")
+        return f"{cases} inputs, every output within the tolerance"
+
+    def _counts(self) -> str:
+        recorded = self._read(SLIMMING).get("parameters_after")
+        found = sum(parameter.numel() for parameter in self.models[SLIM].parameters())
+        if found != recorded:
+            raise CheckpointError(f"slim/ has {found:,} parameters, {SLIMMING} says {recorded}")
+        return f"{found:,}"
+
+    def _modules(self) -> str:
+        found = certify(self.models[PRUNED], self.models[SLIM], saved_inputs(self.folder))
+        compared = sum(check.modules for check in found.checks)
+        return f"{compared} module outputs, largest difference {found.largest_in_modules:.1e}"
