@@ -17,14 +17,26 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmark"))
     import clock
     import problems
+    import steps  # noqa: F401 (found by its name)
 
     yield clock, problems
-    for name in ("clock", "problems", "rivals"):
+    for name in ("clock", "problems", "rivals", "steps"):
         sys.modules.pop(name, None)
 
 
 def test_every_problem_is_timed_shown_and_saved(tmp_path):
-    command = ["scripts/bench", "peers", "--set", "small", "--device", "cpu", "--no-compile", "--repeats", "2"]
+    command = [
+        "scripts/bench",
+        "peers",
+        "--set",
+        "small",
+        "--device",
+        "cpu",
+        "--no-compile",
+        "--repeats",
+        "2",
+        "--cached",
+    ]
     done = subprocess.run(
         [*command, "--out", tmp_path],
         cwd=ROOT,
@@ -64,3 +76,29 @@ def test_counts_see_operations_reads_and_memory(benchmark):
     assert counts.allocated == 4000 + 4
     in_place = clock.count(lambda: source.add_(1))
     assert (in_place.ops, in_place.allocated) == (1, 0)
+
+
+def test_a_list_of_numbers_is_a_host_read(benchmark):
+    clock, _ = benchmark
+    assert clock.count(lambda: torch.ones(3).tolist()).host_reads == 1
+
+
+def test_the_launches_of_a_gpu_step_are_counted_without_one(benchmark):
+    clock, _ = benchmark
+    made = sys.modules["steps"].Steps([(16, 8), (8, 24)], torch.device("cpu"), peers=False)
+    for problem in made.all():
+        problem.check()
+        run = problem.contenders["tritprune"]
+        assert clock.count(run).launches == 0
+        with clock.forced_backend("triton"):
+            few = clock.count(run, stub=True).launches
+        assert 2 <= few <= 30, problem.name
+    assert {problem.name for problem in made.all()} == {"plain step", "mask update"}
+
+
+def test_a_step_that_leaves_too_much_is_not_timed(benchmark, monkeypatch):
+    made = sys.modules["steps"].Steps([(16, 8), (8, 24)], torch.device("cpu"), peers=False)
+    (problem,) = made.all(["mask update"])
+    monkeypatch.setattr(sys.modules["steps"], "SPARSITY", 0.9)
+    with pytest.raises(AssertionError, match=r"steps: 256 zeros, 288 are asked for"):
+        problem.check()

@@ -3,8 +3,8 @@
 Contenders of a problem run in turn (A B C A B C ...) in one process, each on inputs of its own, so that a slow minute
 of the machine hits all of them alike. Figures are the median and the 10th and 90th percentile. The first contender runs
 twice under two names: the distance between the two is the noise, and a ratio inside it says nothing. Before each run
-256 MB are written, so that no input waits in a cache. On CUDA a run is timed by the host, to its end on the device, and
-beside that by events on the device alone.
+256 MB are written, so that no input waits in a cache (jobs of over 240 MB see to that themselves). On CUDA a run is
+timed by the host, to its end on the device, and beside that by events on the device alone.
 """
 
 import statistics
@@ -57,6 +57,7 @@ def measure(
     *,
     repeats: int,
     seconds: float,
+    cold: bool = True,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Times]:
     """Time contenders in turn, until each ran ``repeats`` times or all together took ``seconds`` (three runs at least).
@@ -66,12 +67,13 @@ def measure(
         device: where they run; on CUDA a run ends when the device has finished it.
         repeats: runs of each contender.
         seconds: what the problem may take; a contender of a minute is not run fifty times.
+        cold: write 256 MB before each run.
         tick: called after every round.
     """
     for run in contenders.values():
         if _once(run, device)[0] < 1.0:
             run()
-    cache = torch.zeros(64 << 20, device=device)
+    cache = torch.zeros(64 << 20 if cold else 0, device=device)
     samples: dict[str, list[tuple[float, float | None]]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
     for turn in range(repeats):

@@ -51,7 +51,9 @@ def bench(place: Place) -> Iterator[Check]:
     """Every operation against the bytes that it must move and against its rivals: tables, JSON lines, plots."""
     folder = place.out / "bench"
     if place.dry:
-        runs = [("kernels", "--set", "small", "--device", "cpu", "--repeats", "2", "--only", "2:4", "apply")]
+        runs = [
+            ("kernels", "--set", "small", "--device", "cpu", "--repeats", "2", "--cached", "--only", "2:4", "apply")
+        ]
     else:
         runs = [
             ("peers", "--set", "bert", "--dtype", "fp32", "--seconds", "4"),
