@@ -85,6 +85,7 @@ class LayerGroup:
             ]
             for site in self.sites
         ]
+        self._seal()
         self.scores: list[list[Tensor]] | None = None
         self.prunes = False
         self.without_gradient: set[str] = set()
@@ -211,6 +212,7 @@ class LayerGroup:
         rows = self._rows(numbers)
         counts = self.counts_of(proposal, numbers)
         self.masks = proposal.masks
+        self._seal()
         self.prunes = any(count.zeros for count in counts.values())
         self._skipped.zero_()
         return counts, sum(changed for _, changed in rows[: len(self.sites)]), numbers[-1]
@@ -270,6 +272,15 @@ class LayerGroup:
         counts = [self.pattern.broken_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
         return dict(zip([site.name for site in self.sites], torch.stack(counts).tolist(), strict=True))
 
+    def altered(self) -> list[str]:
+        """Layers whose masks have been written to since they were put in force. Nothing is read."""
+        present = [(id(mask), mask._version) for mask in self.flat_masks]
+        return [view.name for view, now, then in zip(self.views, present, self._sealed, strict=True) if now != then]
+
+    def _seal(self) -> None:
+        """Remember the masks as they are."""
+        self._sealed = [(id(mask), mask._version) for mask in self.flat_masks]
+
     def follow_device(self) -> None:
         """Bring masks and scores to where the weights are now.
 
@@ -283,7 +294,10 @@ class LayerGroup:
                 "make one group per device"
             )
         if self._skipped.device != self.device:
+            altered = self.altered()
             self.masks = [[mask.to(self.device) for mask in masks] for masks in self.masks]
+            if not altered:
+                self._seal()
             if self.scores is not None:
                 self.scores = [[score.to(self.device) for score in scores] for scores in self.scores]
             self._skipped = self._skipped.to(self.device)
@@ -291,6 +305,7 @@ class LayerGroup:
     def load_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Put stored masks in force: bool ``[rows, cols]`` by layer name."""
         self.masks = [[masks[view.name].to(self.device) for view in site.views] for site in self.sites]
+        self._seal()
         self.prunes = any(count.zeros for count in self.count().values())
 
     def count(self) -> dict[str, LayerCount]:
