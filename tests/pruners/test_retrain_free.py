@@ -301,6 +301,9 @@ def test_a_neural_compressor_config_calibrates():
     shared = {"pruning_type": "retrain_free", "pattern": "channelx1", "end_step": 3, "target_sparsity": 0.5}
     pruner = from_neural_compressor({**shared, "pruning_configs": groups}, model)
     assert [group.pattern for group in pruner.groups] == ["channelx1", "heads"]
+    for key, value in {"start_step": 2, "pruning_frequency": 5, "sparsity_decay_type": "cube"}.items():
+        with pytest.raises(ConfigError, match=f"{key}={value!r} cannot be honoured with pruning_type 'retrain_free'"):
+            from_neural_compressor({**config, "end_step": 5, key: value}, block())
     with pytest.raises(ConfigError, match="low_memory_usage does nothing with pruning_type 'retrain_free'"):
         from_neural_compressor({**config, "end_step": 5, "low_memory_usage": True}, block())
     with pytest.raises(ConfigError, match="end_step is 0"):
