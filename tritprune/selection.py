@@ -7,7 +7,7 @@ the same order on the other layers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -85,10 +85,7 @@ def select(
     order = [score.float() for score in scores]
     if pruned is not None:
         order = [score.masked_fill(gone, -math.inf) for score, gone in zip(order, pruned, strict=True)]
-    for layer, grid in enumerate(grids):
-        floor, cap = floors[layer] if floors else None, caps[layer] if caps else None
-        if grid.units and (floor or (cap is not None and cap < grid.elements)):
-            order[layer] = _bounded(order[layer], grid, floor, cap)
+    order = _bounded(order, grids, floors or [None] * len(grids), caps or [None] * len(grids))
     forced = pruned is not None or any(floors or ())
     masks = _longest_prefix(order, grids, budget)
     return [mask & (score != -math.inf) for mask, score in zip(masks, order, strict=True)] if forced else masks
@@ -226,18 +223,41 @@ def check_feasible(demands: Sequence[Demand], budget: int, target: float) -> Non
         )
 
 
-def _bounded(score: Tensor, grid: UnitGrid, floor: int | None, cap: int | None) -> Tensor:
-    """One layer's scores with -inf for the units that its floor demands and +inf for those past its cap."""
-    bounded = score
-    if cap is not None and cap < grid.elements:
-        past = _longest_prefix([score], [grid], max(0, cap))[0] & (score != -math.inf)
-        bounded = bounded.masked_fill(past, math.inf)
-    if floor:
-        keep = _longest_prefix([score], [grid], floor)[0]
-        gone = grid.sizes(score.device).masked_fill(keep, 0).sum()
-        keep = keep & ~_next_unit(score, keep, short=gone < floor)
-        bounded = bounded.masked_fill(~keep, -math.inf)
+def _bounded(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], floors: Sequence[int | None], caps: Sequence[int | None]
+) -> list[Tensor]:
+    """Scores with -inf for the units that floors demand and +inf for those past caps: one search for all of either."""
+    bounded = list(scores)
+    capped = {
+        layer: max(0, cap)
+        for layer, (cap, grid) in enumerate(zip(caps, grids, strict=True))
+        if cap is not None and cap < grid.elements
+    }
+    for layer, keep in _prefix_of_each(scores, grids, capped):
+        bounded[layer] = bounded[layer].masked_fill(keep & (scores[layer] != -math.inf), math.inf)
+    floored: dict[int, int] = {}
+    for layer, (floor, grid) in enumerate(zip(floors, grids, strict=True)):
+        if floor and grid.units:
+            unit = grid.uniform_size or 1
+            floored[layer] = -(-floor // unit) * unit  # equal units: the prefix itself reaches the floor
+    for layer, keep in _prefix_of_each(scores, grids, floored):
+        score, grid = scores[layer], grids[layer]
+        if grid.uniform_size is None:
+            gone = grid.sizes(score.device).masked_fill(keep, 0).sum()
+            keep = keep & ~_next_unit(score, keep, short=gone < floored[layer])
+        bounded[layer] = bounded[layer].masked_fill(~keep, -math.inf)
     return bounded
+
+
+def _prefix_of_each(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budgets: Mapping[int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """For each layer with a budget of its own, the units past the longest prefix within it: (layer, keep)."""
+    if not budgets:
+        return
+    chosen, own = [scores[layer].contiguous() for layer in budgets], [grids[layer] for layer in budgets]
+    thresholds, remainders = kth_score(chosen, own, list(budgets.values()))
+    yield from zip(budgets, masks_from_threshold(chosen, own, thresholds, remainders), strict=True)
 
 
 def _next_unit(score: Tensor, keep: Tensor, short: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_thresholds():
         kernels.kth_score([ones(4, 2)], [grid], 1)
     with pytest.raises(ValueError, match="1 scores, 0 grids"):
         kernels.kth_score([ones(1, 2)], [], 1)
-    with pytest.raises(ValueError, match=r"remainder must be one torch\.int64 number, got float32"):
+    with pytest.raises(ValueError, match=r"remainder must be one torch\.int64 number, or one a layer, got float32"):
         kernels.masks_from_threshold([ones(1, 2)], [grid], torch.tensor(1.0), torch.tensor(1.0))
 
 

@@ -68,6 +68,17 @@ def test_a_selection_with_caps_floors_and_pruned_units_reads_nothing_back(monkey
     assert launches
 
 
+def test_caps_and_floors_of_many_layers_take_the_launches_of_few(monkeypatch):
+    counts = []
+    for layers in (2, 20):
+        grids = [UnitGrid.of_blocks((64, 16), (4, 1))] * layers
+        scores = [torch.rand(grid.shape) for grid in grids]
+        with counted(monkeypatch) as (_, launches):
+            selection.select(scores, grids, 500 * layers, floors=[100] * layers, caps=[700] * layers, check=False)
+        counts.append(len(launches))
+    assert counts[0] == counts[1] <= 21
+
+
 def test_memory_for_graphs_is_never_handed_out_twice():
     arena = multi_tensor.Arena(8, pinned=False)
     with pytest.raises(RuntimeError, match="run the same step once before it is captured"):

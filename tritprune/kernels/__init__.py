@@ -16,17 +16,19 @@ the CPU (``compiled.py``, numba) and Triton launchers (``triton/``), imported wh
 A mask is a bool a unit, or packed: a bit a unit (``packing.py``), which every operation on masks takes and makes.
 """
 
-from tritprune.kernels import checks, reference
+from tritprune.kernels import checks, library, reference
 from tritprune.kernels.dispatch import BACKENDS, Op, get_backend, set_backend, use_backend
 from tritprune.kernels.packing import pack_mask, unpack_mask
 from tritprune.kernels.units import UnitGrid
 
-accumulate_unit_scores_ = Op(reference.accumulate_unit_scores_, checks.accumulate_unit_scores_)
+accumulate_unit_scores_ = Op(
+    reference.accumulate_unit_scores_, checks.accumulate_unit_scores_, library.accumulate_unit_scores_
+)
 n_in_m_masks = Op(reference.n_in_m_masks, checks.n_in_m_masks)
 n_in_m_group_scores = Op(reference.n_in_m_group_scores, checks.n_in_m_group_scores)
 kth_score = Op(reference.kth_score, checks.kth_score)
 masks_from_threshold = Op(reference.masks_from_threshold, checks.masks_from_threshold)
-apply_masks_ = Op(reference.apply_masks_, checks.apply_masks_)
+apply_masks_ = Op(reference.apply_masks_, checks.apply_masks_, library.apply_masks_)
 count_violations = Op(reference.count_violations, checks.count_violations)
 masked_adamw_ = Op(reference.masked_adamw_, checks.masked_adamw_)
 masked_sgd_ = Op(reference.masked_sgd_, checks.masked_sgd_)

@@ -257,12 +257,26 @@ def _n_in_m(
 # --- thresholds
 
 
+def _each_layer_inputs() -> Iterator[tuple[str, Callable[[torch.Generator], Arguments]]]:
+    shapes = ((37, 33), (0, 5), (50, 90), (64, 64), (3, 5), (32, 32))
+    grids = [UnitGrid.of_blocks(shape, (4, 1)) for shape in shapes]
+    for values in ("positive", "signed ties", "infinities"):
+
+        def make(generator: torch.Generator, values: str = values) -> Arguments:
+            scores = [_values(generator, grid.shape, values) for grid in grids]
+            shares = (0.5, 0.5, 0.0, 0.31, 1.2, 0.97)
+            budgets = [int(share * grid.elements) for share, grid in zip(shares, grids, strict=True)]
+            return {"scores": scores, "grids": grids, "budget": budgets}
+
+        yield f"a budget a layer: {values}", make
+
+
 SAMPLED = Sampling(least=1, units_per_sample=8, smallest=64, programs=4)
 """A bracket for small inputs: what it takes in is a few percent."""
 
 
 def _kth_cases() -> Iterator[Case]:
-    for name, make in _threshold_inputs():
+    for name, make in (*_threshold_inputs(), *_each_layer_inputs()):
         yield Case("kth_score", name, make)
     even, flat = [UnitGrid.of_blocks((160, 48), (4, 1))], [UnitGrid.of_blocks((40, 48), (1, 1))]
     several = [UnitGrid.of_blocks((9, 16), (1, 1)), *flat, UnitGrid.of_blocks((33, 40), (1, 1))]
@@ -292,8 +306,16 @@ def _kth_cases() -> Iterator[Case]:
 
 
 def _threshold_cases() -> Iterator[Case]:
-    packed = ("ragged", "even sizes", "several tiles of ties", "ties in mixed sizes", "unaligned address", "no layers")
-    for name, make in _threshold_inputs():
+    packed = (
+        "a budget a layer: signed ties",
+        "ragged",
+        "even sizes",
+        "several tiles of ties",
+        "ties in mixed sizes",
+        "unaligned address",
+        "no layers",
+    )
+    for name, make in (*_threshold_inputs(), *_each_layer_inputs()):
 
         def with_threshold(generator: torch.Generator, make: Callable[..., Arguments] = make) -> Arguments:
             arguments = make(generator)

@@ -67,11 +67,15 @@ def n_in_m_group_scores(scores: Sequence[Tensor], n: int, m: int) -> None:
     _n_in_m("n_in_m_group_scores", scores, n, m)
 
 
-def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> None:
+def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int | Sequence[int]) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
     _scores_of_grids("kth_score", scores, grids)
-    if budget < 0:
-        raise ValueError(f"kth_score: the budget is a number of elements, got {budget}")
+    budgets = [budget] if isinstance(budget, int) else budget
+    if budgets is budget:
+        _same_length("kth_score", scores=scores, budgets=budgets)
+    for each in budgets:
+        if each < 0:
+            raise ValueError(f"kth_score: the budget is a number of elements, got {each}")
 
 
 def masks_from_threshold(
@@ -82,8 +86,10 @@ def masks_from_threshold(
     op = "masks_from_threshold"
     _scores_of_grids(op, scores, grids)
     for name, tensor, dtype in (("threshold", threshold, torch.float32), ("remainder", remainder, torch.int64)):
-        if tensor.dtype != dtype or tensor.numel() != 1:
-            raise ValueError(f"{op}: {name} must be one {dtype} number, got {_show(tensor)}")
+        if tensor.dtype != dtype or tensor.shape not in ((), (len(scores),)):
+            raise ValueError(f"{op}: {name} must be one {dtype} number, or one a layer, got {_show(tensor)}")
+    if threshold.ndim != remainder.ndim:
+        raise ValueError(f"{op}: one threshold and one remainder, or one of both a layer")
 
 
 def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:

@@ -329,8 +329,12 @@ def _rank(row, start, j, length):
 # --- thresholds
 
 
-def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> tuple[Tensor, Tensor]:
+def kth_score(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int | Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """See :func:`tritprune.kernels.reference.kth_score`."""
+    if not isinstance(budget, int):
+        return reference.search_each(kth_score, scores, grids, budget)
     flat = [_plain(score).reshape(-1) for score in scores]
     elements = sum(grid.elements for grid in grids)
     if not 0 <= budget < elements:
@@ -432,6 +436,9 @@ def masks_from_threshold(
     scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor, *, packed: bool = False
 ) -> list[Tensor]:
     """See :func:`tritprune.kernels.reference.masks_from_threshold`."""
+    if threshold.ndim:
+        each = zip(scores, grids, threshold, remainder, strict=True)
+        return [masks_from_threshold([s], [g], t, r, packed=packed)[0] for s, g, t, r in each]
     masks = [torch.empty(grid.shape, dtype=torch.bool) for grid in grids]
     flat = [_plain(score).reshape(-1) for score in scores]
     bound = np.float32(threshold.item())

@@ -69,16 +69,22 @@ class Op(Generic[P, T]):
     Args:
         reference: the specification; its name finds the twins in ``tritprune.kernels.compiled`` and ``.triton``.
         check: takes the same arguments and raises ValueError where their shapes do not fit.
+        traced: what stands for the operation in a graph of ``torch.compile`` (``library.py``); None: the graph breaks.
     """
 
-    def __init__(self, reference: Callable[P, T], check: Callable[P, None]) -> None:
+    def __init__(
+        self, reference: Callable[P, T], check: Callable[P, None], traced: Callable[P, T] | None = None
+    ) -> None:
         self.name = reference.__name__
         self.reference = reference
         self.check = check
+        self.traced = traced
         functools.update_wrapper(self, reference)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run the operation on the backend in force; nothing of it is recorded for autograd."""
+        if self.traced is not None and torch.compiler.is_compiling():
+            return self.traced(*args, **kwargs)
         self.check(*args, **kwargs)
         device = _device_of(self.name, (*args, *kwargs.values()))
         backend = _choose(self.name, device)

@@ -7,7 +7,7 @@ of its grid, or packed (``packing.py``): uint8 ``[ceil(units / 8)]``.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -153,12 +153,15 @@ def n_in_m_group_scores(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor
     return costs
 
 
-def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> tuple[Tensor, Tensor]:
+def kth_score(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int | Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """The score at which a budget of elements is spent, if units go in ascending order of their scores.
 
     Among equal scores the higher (layer, row-major index) goes first. The pruned units are the longest prefix of that
     order whose elements do not exceed ``budget``; :func:`masks_from_threshold` turns the result into masks.
-    ``+inf`` protects: such a unit never goes, and if everything else fits the result is ``(+inf, 0)``.
+    ``+inf`` protects: such a unit never goes, and if everything else fits the result is ``(+inf, 0)``. With a budget a
+    layer, every layer is searched by itself.
 
     Exact, without sorting or joining the scores: a deterministic sample gives two pivots, one pass weighs what lies
     below and gathers what lies between, and only that is sorted. A sample that misleads costs a second, full pass.
@@ -167,12 +170,14 @@ def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) 
     Args:
         scores: fp32, each of the shape of its grid; ``-inf`` and ``+inf`` are allowed, NaN is not.
         grids: the unit sizes.
-        budget: elements that may go, at least 0.
+        budget: elements that may go, at least 0, of all layers together or of each.
 
     Returns:
         threshold fp32 ``[]``, the score of the first unit that may not go completely, and remainder int64 ``[]``,
-        the elements left for the units that equal it.
+        the elements left for the units that equal it; ``[T]`` each with a budget a layer.
     """
+    if not isinstance(budget, int):
+        return search_each(kth_score, scores, grids, budget)
     device = scores[0].device if scores else torch.device("cpu")
     low, high, below = -math.inf, math.inf, 0
     values, sizes = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
@@ -207,18 +212,22 @@ def masks_from_threshold(
 
     ``keep = score > threshold or (score == threshold and e > remainder)``, where ``e`` is the number of elements in
     the tied units from this one to the last one of the last layer: the highest index goes first.
+    With a threshold a layer, ``e`` ends with the layer.
     Bytes to move: the scores once, one byte (packed: one bit) a unit.
 
     Args:
         scores: fp32, each of the shape of its grid.
         grids: the unit sizes.
-        threshold: fp32 ``[]`` of :func:`kth_score`.
-        remainder: int64 ``[]`` of :func:`kth_score`.
+        threshold: fp32 ``[]`` or ``[T]`` of :func:`kth_score`.
+        remainder: int64 ``[]`` or ``[T]`` of :func:`kth_score`.
         packed: whether masks are made packed.
 
     Returns:
         bool, each of the shape of its grid, True = keep; or packed.
     """
+    if threshold.ndim:
+        each = zip(scores, grids, threshold, remainder, strict=True)
+        return [masks_from_threshold([s], [g], t, r, packed=packed)[0] for s, g, t, r in each]
     masks = [score.contiguous() > threshold for score in scores]
     later = torch.zeros_like(remainder)
     for score, grid, mask in reversed(list(zip(scores, grids, masks, strict=True))):
@@ -298,6 +307,19 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tens
         for mask, old in zip(masks, previous, strict=True)
     ]
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.int64, device=device)
+
+
+def search_each(
+    search: Callable[[Sequence[Tensor], Sequence[UnitGrid], int], tuple[Tensor, Tensor]],
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    budgets: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Thresholds and remainders ``[T]`` from one search a layer."""
+    found = [search([score], [grid], own) for score, grid, own in zip(scores, grids, budgets, strict=True)]
+    if not found:
+        return torch.empty(0), torch.empty(0, dtype=torch.int64)
+    return torch.stack([threshold for threshold, _ in found]), torch.stack([remainder for _, remainder in found])
 
 
 def _unpacked(mask: Tensor, tensor: Tensor, block: Block) -> Tensor:

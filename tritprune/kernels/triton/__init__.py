@@ -5,7 +5,7 @@ Import this module through :mod:`tritprune.kernels` only: it needs the package t
 
 from triton.runtime.interpreter import InterpretedFunction
 
-from tritprune.kernels.triton.kth import kth_score
+from tritprune.kernels.triton.kth_layers import kth_score
 from tritprune.kernels.triton.masks import apply_masks_, count_violations, masks_from_threshold
 from tritprune.kernels.triton.multi_tensor import find_tile
 from tritprune.kernels.triton.n_in_m import n_in_m_group_scores, n_in_m_masks

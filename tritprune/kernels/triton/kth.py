@@ -46,7 +46,7 @@ def _key(score):
 
 
 @triton.jit
-def _narrow(
+def narrow(
     state_ptr,  # [PASSES + 1, 2] int64: prefix, elements left
     histogram_ptr,  # [PASSES, BINS] int64
     PASS: tl.constexpr,
@@ -64,12 +64,23 @@ def _narrow(
 
 
 @triton.jit
-def _byte_of(score, chosen, prefix, PASS: tl.constexpr):
+def byte_of(score, chosen, prefix, PASS: tl.constexpr):
     """The byte that a pass looks at, and which of the chosen scores share the bytes before it."""
     key = _key(score)
     if PASS > 0:
         chosen = chosen & ((key >> (32 - 8 * PASS)).to(tl.int64) == prefix)
     return ((key >> (24 - 8 * PASS)) & 255).to(tl.int32), chosen
+
+
+@triton.jit
+def store_answer(threshold_ptr, remainder_ptr, key, left):
+    """A key as the threshold that it stands for; at infinity nothing is left for its equals, which are protected."""
+    if key >= KEY_OF_INFINITY:
+        key = (key * 0) + KEY_OF_INFINITY
+        left = left * 0
+    bits = tl.where(key >= 2147483648, key - 2147483648, 4294967295 - key)  # undo _key
+    tl.store(threshold_ptr, bits.to(tl.uint32).to(tl.float32, bitcast=True))
+    tl.store(remainder_ptr, left)
 
 
 @triton.jit
@@ -93,7 +104,7 @@ def _histogram_kernel(
     program = tl.program_id(0).to(tl.int64)
     where = tl.load(verdict_ptr)
     if where != ANSWERED:
-        prefix, left = _narrow(state_ptr, histogram_ptr, PASS)
+        prefix, left = narrow(state_ptr, histogram_ptr, PASS)
         if program == 0:
             tl.store(state_ptr + 2 * PASS, prefix)
             tl.store(state_ptr + 2 * PASS + 1, left)
@@ -114,7 +125,7 @@ def _histogram_kernel(
                     unit = start + tl.arange(0, BLOCK)  # [BLOCK] int64
                     inside = unit < n_units
                     score = tl.load(score_ptr + unit, mask=inside, other=0.0)
-                    byte, chosen = _byte_of(score, inside, prefix, PASS)
+                    byte, chosen = byte_of(score, inside, prefix, PASS)
                     if RAGGED:
                         own_size, edge = unit_sizes(row_ptr, unit, n_units, RAGGED)
                         tl.atomic_add(bin_ptr + byte, own_size, mask=chosen & edge, sem="relaxed")
@@ -133,7 +144,7 @@ def _histogram_kernel(
                 place = start + tl.arange(0, BLOCK)  # [BLOCK] int64
                 inside = place < length
                 score = tl.load(candidates_ptr + first + place, mask=inside, other=0.0)
-                byte, chosen = _byte_of(score, inside, prefix, PASS)
+                byte, chosen = byte_of(score, inside, prefix, PASS)
                 if SIZED:
                     own_size = tl.load(sizes_ptr + first + place, mask=chosen, other=0)
                     unusual = own_size != usual
@@ -162,16 +173,11 @@ def _finish_kernel(
         key = _key(score).to(tl.int64)
         left = tl.load(verdict_ptr + 2)
     else:
-        key, left = _narrow(state_ptr, histogram_ptr, 4)
-    if key >= KEY_OF_INFINITY:
-        key = (key * 0) + KEY_OF_INFINITY
-        left = left * 0
-    bits = tl.where(key >= 2147483648, key - 2147483648, 4294967295 - key)  # undo _key
-    tl.store(threshold_ptr, bits.to(tl.uint32).to(tl.float32, bitcast=True))
-    tl.store(remainder_ptr, left)
+        key, left = narrow(state_ptr, histogram_ptr, 4)
+    store_answer(threshold_ptr, remainder_ptr, key, left)
 
 
-def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> tuple[Tensor, Tensor]:
+def kth_score_of_all(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> tuple[Tensor, Tensor]:
     """See :func:`tritprune.kernels.reference.kth_score`; no synchronisation, no joined copy of the scores."""
     device = scores[0].device if scores else torch.device("cpu")
     threshold = torch.full((), math.inf, dtype=torch.float32, device=device)
@@ -210,14 +216,14 @@ def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) 
 def _launches(layers: Sequence[tuple[Tensor, UnitGrid]], sampling: Sampling, device: torch.device) -> list[Launch]:
     """A launch for every kind of layer: ragged or not, aligned or not."""
     grids = [grid for _, grid in layers]
-    groups = multi_tensor.group_by(layers, lambda layer: _variant(*layer))
+    groups = multi_tensor.group_by(layers, lambda layer: score_variant(*layer))
     tiles = {variant: sum(-(-grid.units // _TILE) for _, grid in members) for variant, members in groups.items()}
     programs = min(sampling.programs, max(tiles.values()))
     units, sized, usual = sum(grid.units for grid in grids), not bracket.one_size(grids), _usual_size(grids)
     capacity = bracket.segment_capacity(units, programs, sized, sampling)
     launches: list[Launch] = []
     for (ragged, aligned), members in groups.items():
-        fields = [(tiles[ragged, aligned], usual, *_fields(*layer), programs, capacity) for layer in members]
+        fields = [(tiles[ragged, aligned], usual, *score_fields(*layer), programs, capacity) for layer in members]
         counts = [grid.units for _, grid in members]
         table, owners, _ = multi_tensor.tables(fields, counts, _TILE, device)
         block = 512 if ragged or sized else 1024
@@ -235,7 +241,8 @@ def _usual_size(grids: Sequence[UnitGrid]) -> int:
     return max(units, key=lambda size: units[size])
 
 
-def _fields(score: Tensor, grid: UnitGrid) -> tuple[int, ...]:
+def score_fields(score: Tensor, grid: UnitGrid) -> tuple[int, ...]:
+    """Score, units, cols, row, last row, col and last col: what kernels read of a layer."""
     row_size, col_size = grid.row_size, grid.col_size
     if grid.uniform_size is not None:
         row_size, col_size = grid.last_row_size, grid.last_col_size  # all that a grid of one row or column has
@@ -243,6 +250,6 @@ def _fields(score: Tensor, grid: UnitGrid) -> tuple[int, ...]:
     return (score.data_ptr(), grid.units, grid.cols, *sizes)
 
 
-def _variant(score: Tensor, grid: UnitGrid) -> tuple[bool, bool]:
+def score_variant(score: Tensor, grid: UnitGrid) -> tuple[bool, bool]:
     """(ragged, aligned): what a launch has in common."""
     return grid.uniform_size is None, multi_tensor.is_aligned(score.data_ptr(), grid.units)

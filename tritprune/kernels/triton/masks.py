@@ -26,7 +26,7 @@ from tritprune.kernels.triton import multi_tensor
 from tritprune.kernels.triton.multi_tensor import at, find_tile, load_pointer, load_size, walk_grid
 from tritprune.kernels.units import UnitGrid
 
-FIELDS = tl.constexpr(10)
+FIELDS = tl.constexpr(12)
 APPLY_FIELDS = tl.constexpr(11)
 _BLOCK = 1024
 
@@ -69,9 +69,9 @@ def _tied_elements(row_ptr, tile, threshold, n_units, score_ptr, RAGGED: tl.cons
 @triton.jit
 def _ties_kernel(
     ties_ptr,  # [tiles of all layers] int64
-    table_ptr,  # [T, FIELDS]: first tile, first of all tiles, mask, score, units, cols, row, last row, col, last col
-    owners_ptr,  # [tiles]
-    threshold_ptr,  # [] fp32
+    table_ptr,  # [T, FIELDS]: first tile, first of all tiles, mask, score, units, cols, row, last row, col, last col,
+    owners_ptr,  # [tiles]                              number of its threshold, last tile that shares it
+    threshold_ptr,  # [] or [T] fp32
     RAGGED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -79,7 +79,7 @@ def _ties_kernel(
     row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
     score_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
     n_units = load_size(row_ptr + 4, ALIGNED)
-    threshold = tl.load(threshold_ptr)
+    threshold = tl.load(threshold_ptr + tl.load(row_ptr + 10))
     _, _, _, tied = _tied_elements(row_ptr, tile, threshold, n_units, score_ptr, RAGGED, BLOCK)
     tl.store(ties_ptr + tl.load(row_ptr + 1) + tile, tl.sum(tied))
 
@@ -88,11 +88,10 @@ def _ties_kernel(
 def _masks_kernel(
     ties_ptr,  # [tiles of all layers] int64
     up_to_here_ptr,  # [tiles of all layers] int64: tied elements from the first tile to this one
-    total_ptr,  # [1] int64: tied elements of all tiles
     table_ptr,  # [T, FIELDS]: as above
     owners_ptr,  # [tiles]
-    threshold_ptr,  # [] fp32
-    remainder_ptr,  # [] int64
+    threshold_ptr,  # [] or [T] fp32
+    remainder_ptr,  # [] or [T] int64
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -102,15 +101,16 @@ def _masks_kernel(
     mask_ptr = load_pointer(row_ptr + 2, tl.int8, ALIGNED)
     score_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
     n_units = load_size(row_ptr + 4, ALIGNED)
-    threshold = tl.load(threshold_ptr)
+    threshold = tl.load(threshold_ptr + tl.load(row_ptr + 10))
     score, unit, inside, tied = _tied_elements(row_ptr, tile, threshold, n_units, score_ptr, RAGGED, BLOCK)
     keep = score > threshold
     number = tl.load(row_ptr + 1) + tile
     own = tl.load(ties_ptr + number)
     if own > 0:
         before = tl.cumsum(tied, 0) - tied  # [BLOCK]
-        elements = tl.load(total_ptr) - tl.load(up_to_here_ptr + number) + own - before
-        keep = keep | ((tied > 0) & (elements > tl.load(remainder_ptr)))
+        up_to_last = tl.load(up_to_here_ptr + tl.load(row_ptr + 11))
+        elements = up_to_last - tl.load(up_to_here_ptr + number) + own - before
+        keep = keep | ((tied > 0) & (elements > tl.load(remainder_ptr + tl.load(row_ptr + 10))))
     if PACKED:
         byte = tile * (BLOCK // 8) + tl.arange(0, BLOCK // 8)  # [BLOCK // 8] int64
         tl.store(mask_ptr + byte, pack_bits(keep & inside, BLOCK), mask=byte < tl.cdiv(n_units, 8))
@@ -187,9 +187,12 @@ def masks_from_threshold(
     masks = [empty_mask(score, packed) for score in scores]
     layers: list[_ThresholdLayer] = []
     tiles = 0
-    for mask, score, grid in zip(masks, scores, grids, strict=True):
-        layers.append(_ThresholdLayer(tiles, mask, score.contiguous(), grid))
-        tiles += -(-grid.units // _BLOCK)
+    everything = sum(-(-grid.units // _BLOCK) for grid in grids) - 1
+    for layer, (mask, score, grid) in enumerate(zip(masks, scores, grids, strict=True)):
+        own_tiles = -(-grid.units // _BLOCK)
+        shares = (layer, tiles + own_tiles - 1) if threshold.ndim else (0, everything)
+        layers.append(_ThresholdLayer(tiles, mask, score.contiguous(), grid, shares))
+        tiles += own_tiles
     ties = torch.empty(tiles, dtype=torch.int64, device=threshold.device)
     launches = [
         (
@@ -204,7 +207,7 @@ def masks_from_threshold(
         multi_tensor.launch(_ties_kernel, programs, ties, table, owners, threshold, **constants)
     up_to_here = ties.cumsum(0)
     for constants, (table, owners, programs) in launches:
-        arguments = (ties, up_to_here, up_to_here[-1:], table, owners, threshold, remainder)
+        arguments = (ties, up_to_here, table, owners, threshold, remainder)
         multi_tensor.launch(_masks_kernel, programs, *arguments, PACKED=packed, **constants)
     return masks
 
@@ -243,10 +246,12 @@ def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks:
 
 
 class _ThresholdLayer:
-    """A layer of :func:`masks_from_threshold`: which tiles of all are its own, mask, contiguous score, unit sizes."""
+    """A layer of :func:`masks_from_threshold`: which tiles of all are its own, mask, contiguous score, unit sizes, and
+    (number of its threshold, last tile of all that shares it).
+    """
 
-    def __init__(self, first_of_all: int, mask: Tensor, score: Tensor, grid: UnitGrid) -> None:
-        self.first_of_all, self.mask, self.score, self.grid = first_of_all, mask, score, grid
+    def __init__(self, first_of_all: int, mask: Tensor, score: Tensor, grid: UnitGrid, shares: tuple[int, int]) -> None:
+        self.first_of_all, self.mask, self.score, self.grid, self.shares = first_of_all, mask, score, grid, shares
 
     @property
     def fields(self) -> tuple[int, ...]:
@@ -255,7 +260,8 @@ class _ThresholdLayer:
         if grid.uniform_size is not None and grid.units:
             row_size, col_size = grid.last_row_size, grid.last_col_size
         sizes = (row_size, grid.last_row_size, col_size, grid.last_col_size)
-        return (self.first_of_all, self.mask.data_ptr(), self.score.data_ptr(), grid.units, max(grid.cols, 1), *sizes)
+        place = (self.first_of_all, self.mask.data_ptr(), self.score.data_ptr())
+        return (*place, grid.units, max(grid.cols, 1), *sizes, *self.shares)
 
     @property
     def variant(self) -> tuple[bool, bool]:
