@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tritprune.export import export_onnx, export_program, loads_with, save
     from tritprune.kernels import use_backend
     from tritprune.neural_compressor import from_neural_compressor
+    from tritprune.optim import MaskedAdamW, MaskedSGD
     from tritprune.patterns import Pattern, get_pattern, register_pattern
     from tritprune.pruners import (
         BlockMaskPruner,
@@ -43,6 +44,8 @@ __all__ = [
     "HeadPruner",
     "MagnitudePruner",
     "MaskSet",
+    "MaskedAdamW",
+    "MaskedSGD",
     "Pattern",
     "PatternLockPruner",
     "ProgressivePruner",
@@ -82,6 +85,7 @@ _HOME = {
     "export": ("export_onnx", "export_program", "loads_with", "save"),
     "kernels": ("use_backend",),
     "neural_compressor": ("from_neural_compressor",),
+    "optim": ("MaskedAdamW", "MaskedSGD"),
     "patterns": ("Pattern", "get_pattern", "register_pattern"),
     "pruners": (
         "BlockMaskPruner",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tritprune.errors import ConfigError, MaskMismatchError, MaskViolationError
-from tritprune.pruners import Pruner
+from tritprune.pruners import ProgressivePruner, Pruner
+from tritprune.pruners.guard import Watch
 
 SETTINGS = {"criterion": "snip_momentum", "target_sparsity": 0.5, "start_step": 1, "end_step": 4}
 
@@ -104,14 +105,127 @@ def test_an_unknown_mode_shows_the_choices(net):
         Pruner(net, **SETTINGS, guard="sometimes")
 
 
-def test_the_first_step_of_trouble_is_kept():
-    from tritprune.pruners.guard import Watch
+def test_a_mask_that_is_written_to_is_seen_before_the_next_step(at_work, train, net):
+    """Also one that prunes as much as before: the counts alone would not show it."""
+    pruner, optimizer = at_work
+    mask = pruner._groups[0].masks[0][0]
+    mask[[0, 1]] = mask[[1, 0]]
+    pruner.apply_masks_()
+    with pytest.raises(MaskViolationError, match="somebody wrote to the masks of first before step 5"):
+        train(net, optimizer, 1, first=5)
+    with pytest.raises(MaskViolationError, match="masks of first"):
+        pruner.verify()
 
-    watch = Watch(2, torch.device("cpu"))
-    watch.since, watch.counts = torch.tensor([-1, 7]), torch.tensor([0, 2])
 
-    class View:
-        name = "layer"
+@pytest.mark.parametrize("change", ["checkpoint", "data", "swapped"])
+def test_every_way_to_write_to_weights_is_seen_before_the_next_step(at_work, net, train, change):
+    pruner, optimizer = at_work
+    dense = {name: torch.ones_like(value) for name, value in net.state_dict().items()}
+    if change == "checkpoint":
+        net.load_state_dict(dense)
+    elif change == "data":  # a write that torch's version counters do not show
+        net.first.weight.data.copy_(dense["first.weight"])
+    else:
+        net.first.weight.data = dense["first.weight"]
+    zeros = int((~pruner.masks.element_mask("first")).sum())
+    with pytest.raises(MaskViolationError, match=rf"at step 5: first \({zeros} weights\)"):
+        train(net, optimizer, 1, first=5)
 
-    with pytest.raises(MaskViolationError, match=r"at step 7: layer \(2 weights\)"):
-        watch.report([View(), View()])
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_conversion_is_looked_at_and_holds(at_work, net, dtype, train):
+    pruner, optimizer = at_work
+    net.to(dtype).float()
+    train(net, optimizer, 1, first=5)
+    assert pruner.step == 6
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_an_average_of_the_weights_is_watched(net, sgd, train, apply):
+    """It keeps a little of what is pruned now, until the masks are applied to it."""
+    optimizer = sgd(net)
+    pruner = Pruner(net, **SETTINGS, guard="on").attach(optimizer)
+    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    pruner.watch(averaged)
+    for step in range(7):
+        if step == 2 and not apply:
+            said = r"at step 2: first of the watched AveragedModel \(\d+ weights\).*pruner.masks.apply_\(model\)"
+            with pytest.raises(MaskViolationError, match=said):
+                train(net, optimizer, 1, first=step)
+            return
+        train(net, optimizer, 1, first=step)
+        averaged.update_parameters(net)
+        if apply:
+            pruner.masks.apply_(averaged)
+    assert pruner.verify(averaged).step == 7
+
+
+def test_what_cannot_be_watched_is_refused(net, at_work):
+    pruner, _ = at_work
+    with pytest.raises(MaskMismatchError, match="no such layer"):
+        pruner.watch(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="not where the pruned one is, on cpu"):
+        pruner.watch(copy.deepcopy(net).to("meta"))
+    with pytest.raises(ConfigError, match=r"watch\(\) needs a pruner with guard='on'"):
+        Pruner(net, **SETTINGS).watch(copy.deepcopy(net))
+
+
+def test_elements_that_fade_are_looked_at(net, sgd, train):
+    optimizer = sgd(net)
+    settings = {**SETTINGS, "end_step": 9}
+    pruner = ProgressivePruner(net, **settings, frequency=4, progressive_steps=2, guard="on").attach(optimizer)
+    train(net, optimizer, 4)
+    fade = pruner._fades["all"]
+    whole = pruner._whole_masks().element_mask("first")
+    faded = (whole & ~fade.partial[0]).nonzero()
+    assert len(faded)
+    with torch.no_grad():
+        net.first.weight[tuple(faded[0])] = 1.0
+    with pytest.raises(MaskViolationError, match=r"at step 4: first \(1 weights\)"):
+        train(net, optimizer, 1, first=4)
+
+
+class Deferred(Watch):
+    """As on a GPU: what a look has seen is read at a later one."""
+
+    def __init__(self, views, whose=""):
+        super().__init__(views, whose, deferred=True)
+
+
+def test_on_a_device_the_step_reads_nothing_and_the_next_one_tells(net, sgd, train, monkeypatch):
+    monkeypatch.setattr("tritprune.pruners.guard.Watch", Deferred)
+    optimizer = sgd(net, foreach=False)
+    pruner = Pruner(net, **SETTINGS, guard="on").attach(optimizer)
+    train(net, optimizer, 5)
+    spoil(net, pruner)
+    train(net, optimizer, 1, first=5)  # seen at step 5, and zeroed again by the step itself
+    with pytest.raises(MaskViolationError, match=r"at step 5: first \(3 weights\)"):
+        train(net, optimizer, 1, first=6)
+    train(net, optimizer, 1, first=6)  # told once
+    assert pruner.step == 7
+
+
+def test_on_a_device_verify_tells_what_the_last_look_has_seen(net, sgd, train, monkeypatch):
+    monkeypatch.setattr("tritprune.pruners.guard.Watch", Deferred)
+    optimizer = sgd(net)
+    pruner = Pruner(net, **SETTINGS, guard="on").attach(optimizer)
+    train(net, optimizer, 5)
+    spoil(net, pruner)
+    train(net, optimizer, 1, first=5)
+    with pytest.raises(MaskViolationError, match=r"at step 5: first \(3 weights\)"):
+        pruner.verify()
+    pruner.verify()
+
+
+def test_the_first_step_of_trouble_and_the_largest_count_are_kept(net):
+    pruner = Pruner(net, **SETTINGS)
+    group = pruner._groups[0]
+    watch = Deferred(group.views)
+    masks = [mask.clone() for mask in group.flat_masks]
+    for step, pruned in ((6, 0), (7, 1), (8, 2), (9, 0)):
+        masks[1].fill_(True)
+        masks[1].view(-1)[:pruned] = False
+        watch._read = None
+        watch.look(masks, group.blocks, step)
+    with pytest.raises(MaskViolationError, match=r"at step 7: second \(8 weights\)"):
+        watch.report()

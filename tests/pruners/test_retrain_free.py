@@ -194,8 +194,8 @@ def captured(model, name, batch):
 def test_tuning_is_the_least_squares_fit_of_what_is_left():
     """Against torch.linalg.lstsq on the design matrix written out, with its damping as rows of their own."""
     model, dense, data = block(2), block(2), list(batches(6))
-    pruner = RetrainFreePruner(model, include=["down"], target_sparsity=0.45)
-    pruner.calibrate(data, loss, tune=True)
+    pruner = RetrainFreePruner(model, include=["down"], target_sparsity=0.45, tune=True)
+    pruner.calibrate(data, loss)
     kept = pruner.masks["down"].element_mask().any(0)
     assert int(kept.sum()) == 5
     design, wanted = [], []
@@ -219,8 +219,8 @@ def test_tuning_is_the_least_squares_fit_of_what_is_left():
 
 def test_layers_are_tuned_in_the_order_in_which_they_run_and_none_gets_worse():
     model, twin = block(2), block(2)
-    tuned, plain = RetrainFreePruner(model, groups=GROUPS[::-1]), RetrainFreePruner(twin, groups=GROUPS[::-1])
-    tuned.calibrate(batches(8), loss, tune=True)
+    tuned, plain = (RetrainFreePruner(net, groups=GROUPS[::-1], tune=net is model) for net in (model, twin))
+    tuned.calibrate(batches(8), loss)
     plain.calibrate(batches(8), loss)
     assert list(tuned.tuning_errors) == ["down", "output"]
     assert all(after <= before for before, after in tuned.tuning_errors.values())
@@ -235,10 +235,9 @@ def test_layers_are_tuned_in_the_order_in_which_they_run_and_none_gets_worse():
     assert errors[0] < errors[1]
 
 
-def test_rows_cannot_be_tuned():
-    pruner = RetrainFreePruner(block(), include=["down"], pattern="1xchannel")
-    with pytest.raises(ConfigError, match=r"down has units of pattern 1xchannel \(1x9 of a linear\); use channelx1"):
-        pruner.calibrate(batches(), loss, tune=True)
+def test_tuning_comes_after_the_choice():
+    with pytest.raises(ConfigError, match="calibrate first"):
+        RetrainFreePruner(block(), include=["down"]).tune(list(batches()), loss, block())
 
 
 def test_a_calibration_that_is_stopped_goes_on():
@@ -301,6 +300,9 @@ def test_a_neural_compressor_config_calibrates():
     shared = {"pruning_type": "retrain_free", "pattern": "channelx1", "end_step": 3, "target_sparsity": 0.5}
     pruner = from_neural_compressor({**shared, "pruning_configs": groups}, model)
     assert [group.pattern for group in pruner.groups] == ["channelx1", "heads"]
+    for key, value in {"start_step": 2, "pruning_frequency": 5, "sparsity_decay_type": "cube"}.items():
+        with pytest.raises(ConfigError, match=f"{key}={value!r} cannot be honoured with pruning_type 'retrain_free'"):
+            from_neural_compressor({**config, "end_step": 5, key: value}, block())
     with pytest.raises(ConfigError, match="low_memory_usage does nothing with pruning_type 'retrain_free'"):
         from_neural_compressor({**config, "end_step": 5, "low_memory_usage": True}, block())
     with pytest.raises(ConfigError, match="end_step is 0"):
@@ -323,6 +325,7 @@ def test_a_control_stands_in_the_same_place(criterion):
         ({"criterion": "snip"}, "calibrated by criterion retrain_free, got Snip"),
         ({"end_step": 0}, "needs calibration batches"),
         ({"rearrange": 1}, "rearrange is true or false"),
+        ({"pattern": "1xchannel", "tune": True}, r"down has units of pattern 1xchannel \(1x9 of a linear\); use"),
         ({"reduce": "max"}, "cannot be reduced by 'max'"),
         ({"groups": [{"include": ["down"], "frequency": 3}]}, "has no key 'frequency'"),
         ({"groups": [{"include": ["down"], "end_step": 3}]}, "share end_step=32, a group has 3"),

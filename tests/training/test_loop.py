@@ -82,13 +82,14 @@ def test_after_the_last_mask_update_nothing_is_scored(tmp_path):
     assert Counting.calls == 12  # the 12 steps to end_step, none of the 4 after it
 
 
-def test_calibration_in_the_loop_has_no_dropout_no_clipping_and_no_teacher(tmp_path):
+@pytest.mark.parametrize("tune", [False, True])
+def test_calibration_in_the_loop_has_no_dropout_no_clipping_and_no_teacher(tmp_path, tune):
     """Pruner retrain_free sees what calibrate() sees; nothing is trained until it has chosen, and then it is."""
     task = ToyTask(dropout=0.5)
     run = make_run(tmp_path, task, settings(clip=1e-3, distillation=Distillation(weight=1.0)))
     model, twin, teacher = (task.build_model(0) for _ in range(3))
     pruner, alone = (
-        RetrainFreePruner(net, include=["second"], end_step=8, exclude_head=False, pattern="channelx1")
+        RetrainFreePruner(net, include=["second"], end_step=8, exclude_head=False, pattern="channelx1", tune=tune)
         for net in (model, twin)
     )
     chosen = []
@@ -100,7 +101,9 @@ def test_calibration_in_the_loop_has_no_dropout_no_clipping_and_no_teacher(tmp_p
     assert pruner.digest() == alone.digest()
     assert alone.fisher_losses == pruner.fisher_losses
     (after,) = chosen
-    assert all(torch.equal(after[name], weight) for name, weight in twin.state_dict().items())
+    assert pruner.tuning_errors == alone.tuning_errors
+    assert bool(pruner.tuning_errors) == tune
+    assert tune or all(torch.equal(after[name], weight) for name, weight in twin.state_dict().items())
     assert not torch.equal(model.first.weight, after["first.weight"])  # the 8 steps after calibration
     assert [r["stage"] for r in curves(tmp_path) if "loss/train" in r] == ["prune"] * 8 + ["recover"] * 8
 

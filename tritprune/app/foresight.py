@@ -1,6 +1,6 @@
 """What the slimmer will be able to cut out, read from the traced model before anything is trained."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,10 @@ from torch import nn
 
 from tritprune.errors import TritpruneError
 from tritprune.pruners import PlannedGroup, PlannedLayer, PruningPlan
-from tritprune.slimming import JitBasicSearcher
-from tritprune.slimming.attention import Attention, find_attention
-from tritprune.slimming.feed_forward import FeedForward, find_feed_forward
+from tritprune.slimming import JitBasicSearcher, survey
+
+Found = dict[str, Any]
+"""A place that the slimmer looks at, as in :attr:`tritprune.slimming.SlimResult.found`."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +50,25 @@ def foresee(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) -> 
         example_inputs: made-up inputs; None: what the model's configuration says.
     """
     try:
-        graph = JitBasicSearcher(model, example_inputs=example_inputs).static_graph
-        blocks, attentions = find_feed_forward(graph, model), find_attention(graph, model)
+        found = survey(model, JitBasicSearcher(model, example_inputs=example_inputs).static_graph)
     except TritpruneError as error:
         reason = " ".join(str(error).split())
         return [
             Foresight(group.name, f"{group.removable} (the model could not be traced before the run: {reason})", 0, ())
             for group in plan.groups
         ]
-    return [_of_group(group, plan, blocks, attentions, model) for group in plan.groups]
+    return [_of_group(group, plan, found, model) for group in plan.groups]
 
 
-def _of_group(
-    group: PlannedGroup,
-    plan: PruningPlan,
-    blocks: Sequence[FeedForward],
-    attentions: Sequence[Attention],
-    model: nn.Module,
-) -> Foresight:
+def _of_group(group: PlannedGroup, plan: PruningPlan, found: Sequence[Found], model: nn.Module) -> Foresight:
     layers = {layer.name: layer for layer in plan.layers if layer.group == group.name}
-    places = list(_places(layers, blocks, attentions, model))
+    places = list(_places(layers, found, model))
     if not places:
-        able = [b.root for b in blocks if b.obstacle is None], [a for a in attentions if a.obstacle is None]
+        kinds = [item["kind"] for item in found if item["obstacle"] is None]
         return Foresight(
             group.name,
-            f"nothing for certain; of {len(able[0])} feed-forward blocks and {len(able[1])} attentions it cuts the "
+            f"nothing for certain; of {kinds.count('feed-forward')} feed-forward blocks, "
+            f"{kinds.count('attention')} attentions and {kinds.count('channels')} convolutions it cuts the "
             "units whose weights all happen to go, the rest stays as zeros",
             0,
             (),
@@ -93,40 +88,53 @@ def _of_group(
     )
 
 
-def _places(
-    layers: dict[str, PlannedLayer], blocks: Sequence[FeedForward], attentions: Sequence[Attention], model: nn.Module
-) -> Iterator[_Place]:
+def _places(layers: dict[str, PlannedLayer], found: Sequence[Found], model: nn.Module) -> Iterator[_Place]:
     """Where a group prunes whole columns, whole rows or heads; nothing where its units are smaller than that."""
-    ends = {block.root: block for block in blocks}
-    starts = {name: block for block in blocks for name in block.frontier}
-    heads = {attention.output: attention for attention in attentions}
+    ends = {name: item for item in found for name in _ends(item)}
+    starts = {name: item for item in found for name in _starts(item)}
+    attentions = [item for item in found if item["kind"] == "attention"]
+    heads = {name: item for item in attentions for name in item["ffn"]}
     for layer in layers.values():
         rows, columns = layer.shape
         if layer.pattern == "head":
             attention = heads.get(layer.name)
             if attention is not None:
-                names = list(dict.fromkeys([*attention.query, *attention.key, *attention.value]))
-                going = sum(_size(model, name) for name in names) + rows * columns
-                yield _Place(attention.output or layer.name, layer.units, going // layer.units, attention.obstacle)
-            elif all(layer.name not in (*a.query, *a.key, *a.value) for a in attentions):
+                going = sum(_size(model, name) for name in attention["qkv"]) + rows * columns
+                yield _Place(layer.name, layer.units, going // layer.units, attention["obstacle"])
+            elif all(layer.name not in item["qkv"] for item in attentions):
                 yield _Place(layer.name, 0, 0, "the traced graph shows no attention around it")
         elif layer.unit.startswith(f"{rows}x"):
-            block = ends.get(layer.name)
-            missing = "what it reads is no output of linears alone (a residual stream, a mixing of positions)"
-            yield _whole(layer, block, missing, model)
+            missing = "what it reads is no output of layers alone (a mixing of positions)"
+            yield _whole(layer, ends.get(layer.name), _ends, missing, model)
         elif layer.unit.endswith(f"x{columns}"):
-            block = starts.get(layer.name)
-            missing = "what it makes is not read by one linear alone (a residual stream, a head, the model's output)"
-            yield _whole(layer, block, missing, model)
+            missing = "what it makes is not read by layers alone (a head, the model's output)"
+            yield _whole(layer, starts.get(layer.name), _starts, missing, model)
 
 
-def _whole(layer: PlannedLayer, block: FeedForward | None, missing: str, model: nn.Module) -> _Place:
-    if block is None:
+def _ends(item: Found) -> list[str]:
+    """The layers that read the units of a place that is no attention."""
+    return [item["root_linear"]] if "root_linear" in item else item.get("readers", [])
+
+
+def _starts(item: Found) -> list[str]:
+    """The layers that make them."""
+    return item.get("target_frontier_linears", item.get("makers", []))
+
+
+def _whole(
+    layer: PlannedLayer, item: Found | None, side: Callable[[Found], list[str]], missing: str, model: nn.Module
+) -> _Place:
+    """Units that one side of a place loses: they go if no other layer on that side keeps them."""
+    if item is None:
         return _Place(layer.name, layer.units, 0, missing)
-    root = model.get_submodule(block.root)
-    assert isinstance(root, nn.Linear)
-    going = root.weight.numel() + sum(_size(model, name) for name in block.frontier)
-    return _Place(layer.name, layer.units, going // layer.units, block.obstacle)
+    read = sum(model.get_parameter(f"{name}.weight").numel() for name in dict.fromkeys(_ends(item)))
+    going = read + sum(_size(model, name) for name in dict.fromkeys(_starts(item)))
+    others = [name for name in side(item) if name != layer.name]
+    kept = (
+        f"{', '.join(others)} {'reads' if side is _ends else 'makes'} the same units and keeps them" if others else None
+    )
+    gated = side is _starts and item["kind"] == "feed-forward"
+    return _Place(layer.name, layer.units, going // layer.units, item["obstacle"] or (None if gated else kept))
 
 
 def _size(model: nn.Module, layer: str) -> int:

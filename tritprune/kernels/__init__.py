@@ -11,6 +11,7 @@ the CPU (``compiled.py``, numba) and Triton launchers (``triton/``), imported wh
 | apply_masks_ | zeros where a unit is pruned |
 | count_violations | elements of pruned units that are not zero |
 | mask_statistics | kept and changed units |
+| masked_adamw_, masked_sgd_ | an optimizer step that ends with the mask |
 
 A mask is a bool a unit, or packed: a bit a unit (``packing.py``), which every operation on masks takes and makes.
 """
@@ -27,6 +28,8 @@ kth_score = Op(reference.kth_score, checks.kth_score)
 masks_from_threshold = Op(reference.masks_from_threshold, checks.masks_from_threshold)
 apply_masks_ = Op(reference.apply_masks_, checks.apply_masks_)
 count_violations = Op(reference.count_violations, checks.count_violations)
+masked_adamw_ = Op(reference.masked_adamw_, checks.masked_adamw_)
+masked_sgd_ = Op(reference.masked_sgd_, checks.masked_sgd_)
 mask_statistics = Op(reference.mask_statistics, checks.mask_statistics)
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "get_backend",
     "kth_score",
     "mask_statistics",
+    "masked_adamw_",
+    "masked_sgd_",
     "masks_from_threshold",
     "n_in_m_group_scores",
     "n_in_m_masks",

@@ -54,6 +54,9 @@ class Case:
             results = [*arguments["scores"], arguments["skipped"]]
         elif self.op == "apply_masks_":
             results = list(arguments["tensors"])
+        elif self.op in ("masked_adamw_", "masked_sgd_"):
+            written = ("weights", "firsts", "seconds", "momenta")
+            results = [tensor for name in written for tensor in arguments.get(name) or ()]
         else:
             results = [returned] if isinstance(returned, Tensor) else list(cast("Sequence[Tensor]", returned))
         return [result.cpu() for result in results]
@@ -85,6 +88,7 @@ def all_cases() -> list[Case]:
         *_apply_cases(),
         *_violation_cases(),
         *_statistics_cases(),
+        *_optimizer_cases(),
     ]
 
 
@@ -427,6 +431,74 @@ def _statistics(name: str, shapes: Sequence[Shape], layout: str, *, packed: bool
         return {"masks": [_laid_out(mask, layout) for mask in masks[0]], "previous": masks[1]}
 
     return Case("mask_statistics", name, make)
+
+
+# --- optimizers
+
+
+def _optimizer_cases() -> Iterator[Case]:
+    adamw: dict[str, Any] = {"lr": 0.02, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.1, "step": 3}
+    sgd: dict[str, Any] = {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "dampening": 0.1,
+        "weight_decay": 0.01,
+        "nesterov": False,
+        "first": False,
+    }
+    several: list[tuple[str, dict[str, Any]]] = [
+        ("4x1", {}),
+        ("1x1 packed", {"block": (1, 1), "packed": True}),
+        ("5x7 packed, reset", {"block": (5, 7), "packed": True, "reset": True}),
+        ("transposed", {"layout": "transposed", "packed": True}),
+        ("unaligned address", {"layout": "offset", "reset": True}),
+        ("no mask", {"kept": None}),
+    ]
+    for name, options in several:
+        yield _optimizer("masked_adamw_", name, **adamw, **options)
+    begin: dict[str, Any] = adamw | {"step": 1, "weight_decay": 0.0}
+    yield _optimizer("masked_adamw_", "first step", **begin)
+    several = [
+        ("momentum 4x1", {}),
+        ("first step", {"first": True, "weight_decay": 0.0}),
+        ("nesterov, 1x1 packed, reset", {"nesterov": True, "block": (1, 1), "packed": True, "reset": True}),
+        ("without momentum", {"momentum": 0.0, "layout": "strided"}),
+        ("no mask", {"kept": None}),
+    ]
+    for name, options in several:
+        numbers: dict[str, Any] = sgd | options
+        yield _optimizer("masked_sgd_", name, **numbers)
+
+
+def _optimizer(
+    op: str,
+    name: str,
+    *,
+    block: Block = (4, 1),
+    packed: bool = False,
+    kept: float | None = 0.4,
+    layout: str = "plain",
+    **numbers: Any,
+) -> Case:
+    shapes = (*RAGGED, (0, 5), WIDE[0])
+
+    def make(generator: torch.Generator) -> Arguments:
+        def tensors(kind: str) -> list[Tensor]:
+            return [_laid_out(_values(generator, shape, kind), layout) for shape in shapes]
+
+        masks: list[Tensor | None] = [None] * len(shapes)
+        if kept is not None:
+            grids = [UnitGrid.of_blocks(shape, block) for shape in shapes]
+            drawn = [torch.rand(grid.shape, generator=generator) < kept for grid in grids]
+            masks = [pack_mask(mask) if packed else mask for mask in drawn]
+        if op == "masked_adamw_":
+            states = {"firsts": tensors("normal"), "seconds": tensors("positive")}
+        else:
+            states = {"momenta": tensors("normal") if numbers["momentum"] else None}
+        given = {"weights": tensors("normal"), "gradients": tensors("normal"), "masks": masks}
+        return {**given, **states, "blocks": [block] * len(shapes), **numbers}
+
+    return Case(op, name, make)
 
 
 # --- tensors

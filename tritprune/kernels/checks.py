@@ -119,6 +119,83 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None
             raise ValueError(f"{op}: both masks are bool or both packed, got {_show(mask)} and {_show(old)}")
 
 
+def masked_adamw_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    blocks: Sequence[tuple[int, int]],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    reset: bool = False,
+) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    del lr, beta1, beta2, eps, weight_decay, reset
+    op = "masked_adamw_"
+    if step < 1:
+        raise ValueError(f"{op}: steps count from 1, got {step}")
+    _same_length(op, weights=weights, firsts=firsts, seconds=seconds)
+    _step(op, weights, gradients, [*firsts, *seconds], masks, blocks)
+
+
+def masked_sgd_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    masks: Sequence[Tensor | None],
+    blocks: Sequence[tuple[int, int]],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    first: bool,
+    reset: bool = False,
+) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    del lr, dampening, weight_decay, first, reset
+    op = "masked_sgd_"
+    if (momentum != 0) != (momenta is not None):
+        raise ValueError(f"{op}: momentum {momentum:g} {'needs' if momentum else 'has no use for'} momenta")
+    if nesterov and momentum == 0:
+        raise ValueError(f"{op}: nesterov needs momentum")
+    _same_length(op, weights=weights, momenta=weights if momenta is None else momenta)
+    _step(op, weights, gradients, [] if momenta is None else momenta, masks, blocks)
+
+
+def _step(
+    op: str,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    blocks: Sequence[Block],
+) -> None:
+    _same_length(op, weights=weights, gradients=gradients, masks=masks, blocks=blocks)
+    for weight, gradient, mask, block in zip(weights, gradients, masks, blocks, strict=True):
+        _two_dimensions(op, "weight", weight)
+        for name, tensor in (("weight", weight), ("gradient", gradient)):
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"{op}: a {name} is float32, got {_show(tensor)}")
+        _shape(op, "gradient", gradient, tuple(weight.shape))
+        if mask is not None:
+            _mask(op, mask, UnitGrid.of_blocks((weight.shape[0], weight.shape[1]), block))
+    for number, state in enumerate(states):
+        weight = weights[number % len(weights)]
+        if state.dtype != torch.float32 or state.shape != weight.shape or state.stride() != weight.stride():
+            raise ValueError(
+                f"{op}: moments are float32 {list(weight.shape)} with strides {weight.stride()} like their weight, "
+                f"got {_show(state)} with strides {state.stride()}"
+            )
+
+
 def _n_in_m(op: str, scores: Sequence[Tensor], n: int, m: int) -> None:
     if not 0 < n < m <= LARGEST_GROUP:
         raise ValueError(f"{op}: N:M needs 0 < N < M <= {LARGEST_GROUP}, got {n}:{m}")

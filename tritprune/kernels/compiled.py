@@ -23,13 +23,17 @@ from numba.extending import overload
 from torch import Tensor
 
 from tritprune.kernels import reference
+from tritprune.kernels.optimizer_reference import masked_adamw_, masked_sgd_
 from tritprune.kernels.packing import is_packed, pack_mask, unpack_mask
 from tritprune.kernels.reference import SMALL_UNIT, Block, Finish, Form, Reduce
 from tritprune.kernels.units import UnitGrid
 
+__all__ = ["masked_adamw_", "masked_sgd_"]  # the optimizer steps are torch's vector code; the rest is defined here
+
 _PIECE = 1 << 18
 _SAMPLE = 1 << 17
 _MAGNITUDE_BITS, _INFINITY_BITS = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
+_MINUS_ZERO = {4: np.int32(-(1 << 31)), 2: np.int16(-(1 << 15))}  # by bytes of an element
 _FORMS = {"magnitude": 0, "gradient": 1, "snip": 2, "product": 3}
 _REDUCTIONS = {"sum": 0, "mean": 1, "max": 2, "l2": 3}
 _FINISHES = {"none": 0, "abs": 1, "square": 2}
@@ -500,7 +504,7 @@ def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks:
     for layer, (tensor, mask, block) in enumerate(zip(tensors, masks, blocks, strict=True)):
         bits, kept, block = _stored(tensor, mask, block)
         for first, last in _pieces(kept.shape[0], block[0] * bits.shape[1]):
-            jobs.append((bits, kept, first, last, *block, bits.dtype.type(np.iinfo(bits.dtype).min)))
+            jobs.append((bits, kept, first, last, *block, _MINUS_ZERO[bits.itemsize]))
             layers.append(layer)
     for layer, found in zip(layers, _run(_count_set, jobs), strict=True):
         if found:
@@ -600,7 +604,7 @@ def _stored(tensor: Tensor, mask: Tensor, block: Block) -> tuple[np.ndarray, np.
     """A tensor's own memory as integers of its width, its mask and its block, columns adjacent where they can be."""
     if is_packed(mask):
         mask = unpack_mask(mask, UnitGrid.of_blocks((tensor.shape[0], tensor.shape[1]), block).shape)
-    if tensor.t().is_contiguous() and not tensor.is_contiguous():
+    if not tensor.is_contiguous() and tensor.t().is_contiguous():
         tensor, mask, block = tensor.t(), mask.t(), (block[1], block[0])
     bits = tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
     return bits, mask.contiguous().numpy(), block

@@ -14,8 +14,22 @@ import torch
 from einops import reduce as einops_reduce  # pyright: ignore[reportUnknownVariableType]  (einops names an untyped callable)
 from torch import Tensor
 
+from tritprune.kernels.optimizer_reference import masked_adamw_, masked_sgd_
 from tritprune.kernels.packing import is_packed, pack_mask, unpack_mask
 from tritprune.kernels.units import UnitGrid
+
+__all__ = [
+    "accumulate_unit_scores_",
+    "apply_masks_",
+    "count_violations",
+    "kth_score",
+    "mask_statistics",
+    "masked_adamw_",
+    "masked_sgd_",
+    "masks_from_threshold",
+    "n_in_m_group_scores",
+    "n_in_m_masks",
+]
 
 Form = Literal["magnitude", "gradient", "snip", "product"]
 Reduce = Literal["mean", "sum", "max", "l2"]

@@ -22,10 +22,10 @@ class Sampling:
     least: int = 1 << 22
     units_per_sample: int = 1 << 10
     smallest: int = 1 << 16
-    largest: int = 1 << 21
+    largest: int = 1 << 20
     deviations: float = 5.0
     programs: int = 1024
-    room: int = 48 << 20
+    room: int = 56 << 20
 
 
 _sampling = Sampling()

@@ -80,13 +80,17 @@ def _calibrated(settings: dict[str, Any], values: Mapping[str, Any], length: Len
     """Settings of pruner ``retrain_free``: the steps until ``end_step`` are its calibration batches."""
     for key, theirs in (("regularizer", "reg_type"), ("score_dtype", "low_memory_usage")):
         if key in settings:
+            raise ConfigError(f"{theirs} does nothing with pruning_type 'retrain_free': no weight is trained")
+    times = _times({**values, "pruning_frequency": 1}, length, "retrain_free")
+    told = {"start_step": times["start_step"] not in (0, times["end_step"])}
+    told |= {key: values[key] != default for key, default in (("pruning_frequency", 1), ("sparsity_decay_type", "exp"))}
+    for key, given in told.items():
+        if given:
             raise ConfigError(
-                f"{theirs} does nothing with pruning_type 'retrain_free': no weight is trained; leave it out"
+                f"{key}={values[key]!r} cannot be honoured with pruning_type 'retrain_free': all steps until end_step "
+                "calibrate, and then the masks are chosen once; leave it out"
             )
-    return {
-        **settings,
-        "end_step": _times({**values, "start_step": 0, "pruning_frequency": 1}, length, "retrain_free")["end_step"],
-    }
+    return {**settings, "end_step": times["end_step"]}
 
 
 def _kind(pruning_type: str) -> tuple[str, str | None]:

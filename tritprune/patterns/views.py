@@ -79,10 +79,8 @@ class WeightView:
 
 def own_weight(module: nn.Module) -> nn.Parameter | None:
     """A module's own parameter ``weight``; None if it has none, or computes it from others (a parametrization)."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if name == "weight":
-            return parameter
-    return None
+    parameters: dict[str, nn.Parameter | None] = vars(module)["_parameters"]  # at every step: no walk over them
+    return parameters.get("weight")
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -18,19 +18,12 @@ from torch import Tensor, nn
 
 from tritprune.criteria import Criterion
 from tritprune.errors import CheckpointError, ConfigError, MaskMismatchError
+from tritprune.optim import MaskedOptimizer
 from tritprune.patterns import Pattern
 from tritprune.pruners.attachment import after_closure, claim, release, torch_optimizer
 from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.grouping import group_layers
-from tritprune.pruners.guard import (
-    Verification,
-    Watch,
-    check_counts,
-    check_other,
-    check_pattern,
-    refuse,
-    violations,
-)
+from tritprune.pruners.guard import Guard, Verification, check_group, check_other
 from tritprune.pruners.masks import LayerMask, MaskSet, pack, unpack
 from tritprune.pruners.plan import PruningPlan, plan_of
 from tritprune.pruners.regularizers import Regularizer
@@ -44,7 +37,6 @@ from tritprune.selection import Normalize
 P = TypeVar("P", bound="type[Pruner]")
 
 _FORMAT = "tritprune pruner 1"
-GUARDS = ("off", "on")
 
 pruners: "Registry[Pruner]" = Registry("pruner")
 """Pruners by name."""
@@ -106,7 +98,8 @@ class Pruner(SpecNames):
             ``name`` and ``coeff``.
         regrow: a pruned unit may come back, from zero; without it masks only shrink.
         reset_state: keep the optimizer's state (momentum) of pruned weights at zero.
-        guard: ``on``: before every optimizer step, check that what is pruned is zero.
+        guard: ``on``: before every optimizer step, check that what is pruned is zero and masks are as the last update
+            left them, whatever happened since the step before (a loaded checkpoint, averaged weights, a conversion).
         groups: mappings that override any of criterion to reset_state for the layers that they include; each may
             have a ``name``.
         seed: for criteria that draw random numbers.
@@ -161,14 +154,13 @@ class Pruner(SpecNames):
         self.last_event: PruneEvent | None = None
         self.last_timing: dict[str, float] = {"score": 0.0, "mask": 0.0}
         self._counts = {layer.name: LayerCount(layer.units, layer.units, 0, layer.elements, 0) for layer in self.layers}
-        if guard not in GUARDS:
-            raise ConfigError(f"guard is one of {', '.join(GUARDS)}, got '{guard}'")
-        self._watches = {group.name: Watch(len(group.views), group.device) for group in self._groups if guard == "on"}
+        self._guard = Guard(guard, self._groups)
         self._begun = False
         self._skips_step = False
         self._warned: set[str] = set()
         self._callbacks: list[Callable[[PruneEvent], None]] = []
         self._handles: list[Any] = []
+        self._stepped_on: dict[str, list[list[Tensor]]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -252,6 +244,9 @@ class Pruner(SpecNames):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if isinstance(self._optimizer, MaskedOptimizer):
+            self._optimizer.use_masks({})
+        self._stepped_on = {}
         self._optimizer = None
         release(self, self._views)
 
@@ -282,12 +277,20 @@ class Pruner(SpecNames):
             return Verification(self.step, len(self.layers), sum(c.zeros for c in self._counts.values()))
         for group in self._groups:
             group.follow_device()
-            counts = violations(group.views, group.flat_masks, group.blocks).tolist()
-            refuse({view.name: count for view, count in zip(group.views, counts, strict=True)}, self.step)
-            check_counts(group.count(), self._counts, self.step)
-            check_pattern(group.broken_units(), group.pattern.label, self.step)
-        self._report_watches()
+            check_group(group, self._counts, self.step)
+        self._guard.report()
         return Verification(self.step, len(self.layers), sum(count.zeros for count in self._counts.values()))
+
+    def watch(self, model: nn.Module) -> None:
+        """Let the guard look at another model, too: an average of the weights that is updated beside training.
+
+        An average keeps a little of what is pruned now: ``pruner.masks.apply_(model)`` after each update takes it away.
+
+        Raises:
+            ConfigError: the guard is off, or the model is on another device.
+            MaskMismatchError: the model has other layers.
+        """
+        self._guard.watch(model, self._whole_masks())
 
     def sparsity(self) -> SparsityReport:
         """The zeros that the model's weights have now, over three denominators."""
@@ -360,7 +363,7 @@ class Pruner(SpecNames):
             self._counts |= group.count()
         self.step, self._begun, self._warned = state["step"], state["begun"], set(state["warned"])
         self.apply_masks_()
-        if self._watches:
+        if self._guard.on:
             self.verify()
 
     def _begin(self) -> None:
@@ -383,7 +386,7 @@ class Pruner(SpecNames):
         Returns:
             None, or the arguments of the step with the closure replaced.
         """
-        self._look()
+        self._guard.look(self._held, self.step)
         self._skips_step = False
         arguments = after_closure(args, kwargs, lambda: self._score(optimizer))
         if arguments is None:
@@ -399,6 +402,8 @@ class Pruner(SpecNames):
         self._skips_step = isinstance(found_inf, Tensor) and bool(found_inf)
         if not self._skips_step:
             self._update_scores(scale)
+        if isinstance(optimizer, MaskedOptimizer):
+            self._hand_over_masks(optimizer)
         self.last_timing = {"score": time.perf_counter() - started, "mask": 0.0}
 
     def _update_scores(self, gradient_scale: Tensor | None) -> None:
@@ -418,7 +423,7 @@ class Pruner(SpecNames):
             group.regularize_(optimizer, self.step)
         due = [group for group in self._groups if group.times.due(self.step)]
         if due:
-            self._report_watches()
+            self._guard.report()
         for group in due:
             if group.settings.regrow:  # what comes back starts from zero, not from what the optimizer made of it
                 group.apply_()
@@ -428,23 +433,22 @@ class Pruner(SpecNames):
         if event is not None:
             self._tell(event)
 
-    def _look(self) -> None:
-        """The guard's glance at the weights that the forward pass used; on the CPU what it sees is told at once."""
-        for group in self._groups:
-            watch = self._watches.get(group.name)
-            if watch is not None and group.prunes:
-                group.follow_device()
-                watch.look(group.views, group.flat_masks, group.blocks, self.step)
-                if group.device.type == "cpu":
-                    watch.report(group.views)
+    def _held(self, group: LayerGroup) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """The masks that the weights of a group must hold, and their blocks; none while nothing is pruned."""
+        return (group.flat_masks, group.blocks) if group.prunes else ([], [])
 
-    def _report_watches(self) -> None:
-        for group in self._groups:
-            if group.name in self._watches:
-                self._watches[group.name].report(group.views)
+    def _hand_over_masks(self, optimizer: MaskedOptimizer) -> None:
+        """Let the optimizer end its step with the masks in force; note for which groups that is all there is to do."""
+        masks = {group.name: group.step_masks() for group in self._groups}
+        optimizer.use_masks({weight: mask for own in masks.values() for weight, mask in own.items()})
+        self._stepped_on = {
+            group.name: group.masks for group in self._groups if len(masks[group.name]) == len(group.views)
+        }
 
     def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         for group in self._groups:
+            if optimizer is not None and self._stepped_on.get(group.name) is group.masks:
+                continue
             group.apply_()
             if optimizer is not None:
                 group.reset_state_(optimizer)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tritprune.criteria import get_criterion
 from tritprune.errors import ConfigError
 from tritprune.kernels import UnitGrid
+from tritprune.optim import WeightMask
 from tritprune.patterns import Block, WeightView, get_pattern, set_reduction
 from tritprune.pruners.budget import GroupBudget
 from tritprune.pruners.layers import Exclusion
@@ -84,6 +85,7 @@ class LayerGroup:
             ]
             for site in self.sites
         ]
+        self._seal()
         self.scores: list[list[Tensor]] | None = None
         self.prunes = False
         self.without_gradient: set[str] = set()
@@ -210,6 +212,7 @@ class LayerGroup:
         rows = self._rows(numbers)
         counts = self.counts_of(proposal, numbers)
         self.masks = proposal.masks
+        self._seal()
         self.prunes = any(count.zeros for count in counts.values())
         self._skipped.zero_()
         return counts, sum(changed for _, changed in rows[: len(self.sites)]), numbers[-1]
@@ -230,6 +233,17 @@ class LayerGroup:
         """Zero what is pruned, in place."""
         if self.prunes:
             apply_to_weights_(self.views, self.flat_masks, self.blocks)
+
+    def step_masks(self) -> dict[Tensor, WeightMask]:
+        """What an optimizer needs to end its step with the masks: by weight, where its view is no copy of it."""
+        if not self.prunes:
+            return {}
+        reset = self.settings.reset_state
+        return {
+            view.parameter: WeightMask(mask, block, view.to_2d, reset)
+            for view, mask, block in zip(self.views, self.flat_masks, self.blocks, strict=True)
+            if view.to_2d(view.parameter.detach()).data_ptr() == view.parameter.data_ptr()
+        }
 
     def reset_state_(self, optimizer: torch.optim.Optimizer) -> None:
         """Zero the optimizer's state (momentum) of what is pruned, in place."""
@@ -258,6 +272,15 @@ class LayerGroup:
         counts = [self.pattern.broken_units(site, masks) for site, masks in zip(self.sites, self.masks, strict=True)]
         return dict(zip([site.name for site in self.sites], torch.stack(counts).tolist(), strict=True))
 
+    def altered(self) -> list[str]:
+        """Layers whose masks have been written to since they were put in force. Nothing is read."""
+        present = [(id(mask), mask._version) for mask in self.flat_masks]
+        return [view.name for view, now, then in zip(self.views, present, self._sealed, strict=True) if now != then]
+
+    def _seal(self) -> None:
+        """Remember the masks as they are."""
+        self._sealed = [(id(mask), mask._version) for mask in self.flat_masks]
+
     def follow_device(self) -> None:
         """Bring masks and scores to where the weights are now.
 
@@ -271,7 +294,10 @@ class LayerGroup:
                 "make one group per device"
             )
         if self._skipped.device != self.device:
+            altered = self.altered()
             self.masks = [[mask.to(self.device) for mask in masks] for masks in self.masks]
+            if not altered:
+                self._seal()
             if self.scores is not None:
                 self.scores = [[score.to(self.device) for score in scores] for scores in self.scores]
             self._skipped = self._skipped.to(self.device)
@@ -279,6 +305,7 @@ class LayerGroup:
     def load_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Put stored masks in force: bool ``[rows, cols]`` by layer name."""
         self.masks = [[masks[view.name].to(self.device) for view in site.views] for site in self.sites]
+        self._seal()
         self.prunes = any(count.zeros for count in self.count().values())
 
     def count(self) -> dict[str, LayerCount]:

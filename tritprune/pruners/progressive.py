@@ -82,6 +82,11 @@ class ProgressivePruner(Pruner):
             fade.load_state_dict(state["fades"][name])
         self.apply_masks_()
 
+    def _held(self, group: LayerGroup) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """Masks of elements where units fade."""
+        partial = self._fades[group.name].partial
+        return (partial, [(1, 1)] * len(partial)) if partial else super()._held(group)
+
     def _choose(self, due: list[LayerGroup]) -> Update:
         """Whole masks: those chosen at the update before, or of now at the first; then those of the next update."""
         fades = [self._fades[group.name] for group in due]
@@ -148,14 +153,14 @@ class _Fade:
         """Nothing fades."""
         self.chosen: Read | None = None
         self._first, self._last, self._share, self._elements = 0, 0, 0, 0
-        self._partial: list[Tensor] = []
+        self.partial: list[Tensor] = []
 
     def begin(self, chosen: Read, first: int, last: int) -> None:
         """Fade from the masks in force at step ``first`` to ``chosen`` at step ``last``."""
         zeros = sum(count.zeros for count in self.group.counts_of(*chosen).values())
         self.chosen, self._first, self._last, self._share = chosen, first, last, 0
         self._elements = zeros - sum(count.zeros for count in self.group.count().values())
-        self._partial = []
+        self.partial = []
 
     def advance(self, step: int) -> bool:
         """Prune the share of elements that is due at ``step``; whether there was one."""
@@ -172,36 +177,36 @@ class _Fade:
             [size.masked_fill(~going, math.inf) for size, going in zip(sizes, fading, strict=True)],
             [UnitGrid.of_blocks(view.shape, (1, 1)) for view in self.group.views],
             self._elements * share // self._shares,
-            pruned=[kept & ~partial for kept, partial in zip(now, self._partial or now, strict=True)],
+            pruned=[kept & ~partial for kept, partial in zip(now, self.partial or now, strict=True)],
             check=False,
         )
-        self._partial = [kept & stays for kept, stays in zip(now, keep, strict=True)]
+        self.partial = [kept & stays for kept, stays in zip(now, keep, strict=True)]
         return True
 
     def apply_(self) -> None:
         """Zero what has faded, in place."""
-        if self._partial:
-            self._partial = [mask.to(self.group.device) for mask in self._partial]
-            apply_to_weights_(self.group.views, self._partial, [(1, 1)] * len(self._partial))
+        if self.partial:
+            self.partial = [mask.to(self.group.device) for mask in self.partial]
+            apply_to_weights_(self.group.views, self.partial, [(1, 1)] * len(self.partial))
 
     def verify(self, step: int) -> None:
         """Refuse faded elements that are not zero."""
-        if self._partial:
-            counts = violations(self.group.views, self._partial, [(1, 1)] * len(self._partial)).tolist()
+        if self.partial:
+            counts = violations(self.group.views, self.partial, [(1, 1)] * len(self.partial)).tolist()
             refuse({view.name: count for view, count in zip(self.group.views, counts, strict=True)}, step)
 
     def layer_masks(self) -> dict[str, LayerMask]:
         """Masks of elements by layer name; none while nothing has faded."""
         return {
             view.name: LayerMask(mask, (1, 1), view.kind, view.weight_shape)
-            for view, mask in zip(self.group.views, self._partial, strict=False)
+            for view, mask in zip(self.group.views, self.partial, strict=False)
         }
 
     def counts(self, whole: Mapping[str, LayerCount]) -> dict[str, LayerCount]:
         """``whole`` with the zeros of the partial masks."""
-        if not self._partial:
+        if not self.partial:
             return {}
-        zeros = torch.stack([(~mask).sum() for mask in self._partial]).tolist()
+        zeros = torch.stack([(~mask).sum() for mask in self.partial]).tolist()
         return {v.name: replace(whole[v.name], zeros=n) for v, n in zip(self.group.views, zeros, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +216,7 @@ class _Fade:
         return {
             "numbers": self.chosen[1],
             "chosen": [pack(mask) for mask in self._chosen_masks()],
-            "partial": [pack(mask) for mask in self._partial],
+            "partial": [pack(mask) for mask in self.partial],
             "way": [self._first, self._last, self._share, self._elements],
         }
 
@@ -225,7 +230,7 @@ class _Fade:
         keep = [group.pattern.kept_units(site, own) for site, own in zip(group.sites, masks, strict=True)]
         self.chosen = (Proposal(keep, masks, torch.tensor(state["numbers"], device=group.device)), state["numbers"])
         self._first, self._last, self._share, self._elements = state["way"]
-        self._partial = [
+        self.partial = [
             unpack(packed, view.shape).to(group.device)
             for packed, view in zip(state["partial"], group.views, strict=False)
         ]

@@ -6,7 +6,7 @@
     1. mask gradients   g_b = dL/dm of every unit and batch, at m = 1: the sum of w g over the unit, signs included
     2. mask search      the units with the smallest sum_b g_b^2 go, within budget, scope, floors and caps
     3. rearrangement    in every layer units are exchanged while the layer's whole Fisher block says that it pays
-    4. tuning           with tune=True what is left is scaled by least squares, layer by layer
+    4. tuning           with tune=True what is left is scaled by least squares, layer by layer, in running order
 
 Kwon et al. 2022, arXiv:2204.09656, section 4. Their tuning fits a layer together with the residual stream around it;
 here each output linear is fitted to its own dense outputs, so that no layer's surroundings have to be known.
@@ -53,6 +53,8 @@ class RetrainFreePruner(Pruner):
         end_step: calibration batches of a training loop; :meth:`calibrate` takes all that it is given.
         pattern: ``channelx1``, ``1xchannel``, ``heads``: whatever has one block per unit.
         rearrange: exchange units within a layer after the search; without it the diagonal decides alone.
+        tune: after the masks are chosen, scale what is left by least squares: :meth:`calibrate` and the command line do
+            so themselves, a loop of one's own calls :meth:`tune`.
         target_sparsity: as for :class:`Pruner`, reached at once.
         scope: as for :class:`Pruner`.
         include: as for :class:`Pruner`.
@@ -84,6 +86,7 @@ class RetrainFreePruner(Pruner):
         end_step: int = 32,
         pattern: str | Mapping[str, Any] | Pattern = "channelx1",
         rearrange: bool = True,
+        tune: bool = False,
         target_sparsity: float = 0.5,
         scope: str = "global",
         include: Sequence[str] = ("**",),
@@ -104,8 +107,9 @@ class RetrainFreePruner(Pruner):
         check_groups(groups)
         if end_step is None or end_step == 0:
             raise ConfigError("pruner 'retrain_free' needs calibration batches: end_step=32, at least 1")
-        if not isinstance(rearrange, bool):
-            raise ConfigError(f"rearrange is true or false, got {rearrange!r}")
+        for key, value in (("rearrange", rearrange), ("tune", tune)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{key} is true or false, got {value!r}")
         self._calibrates = _check_criterion(criterion)
         shared = {"criterion": criterion, "end_step": end_step}
         super().__init__(
@@ -135,6 +139,9 @@ class RetrainFreePruner(Pruner):
         self.tuning_errors: dict[str, tuple[float, float]] = {}
         """By tuned layer: the squared error of its outputs over their squared norm, before and after tuning."""
         self._calibrations = {group.name: Calibration(group) for group in self._groups}
+        self.tunes = tune
+        if tune:
+            self._columns()  # refused before time is spent
 
     @property
     def calibrating(self) -> bool:
@@ -149,9 +156,7 @@ class RetrainFreePruner(Pruner):
             found |= calibration.diagonals()
         return found
 
-    def calibrate(
-        self, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor], *, tune: bool = False
-    ) -> PruneEvent:
+    def calibrate(self, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]) -> PruneEvent:
         """Choose the masks from these batches and put them in force. Weights change only where they become zero.
 
         The model runs in evaluation mode (no dropout), and is afterwards in the mode in which it was. Gradients that
@@ -160,21 +165,17 @@ class RetrainFreePruner(Pruner):
         Args:
             batches: whatever ``loss_fn`` takes; a few dozens of them.
             loss_fn: ``(model, batch)`` -> the scalar loss.
-            tune: afterwards scale the columns that stay, so that every layer's outputs come near the dense ones on
-                these batches; :attr:`tuning_errors` says how near. Takes a copy of the model and two forward passes
-                per layer and batch, with ``loss_fn``.
 
         Returns:
             The event of the mask update.
 
         Raises:
-            ConfigError: no batch, masks have been chosen already, or units that cannot be tuned.
+            ConfigError: no batch, or masks have been chosen already.
             NonFiniteScoreError: a mask gradient is NaN or infinite; no mask is put in force.
         """
         if not self.calibrating:
             raise ConfigError("the masks are chosen already; make a new pruner to calibrate again")
-        if tune:
-            self._columns()  # refused before time is spent
+        if self.tunes:
             batches = list(batches)
         done = 0
         with _evaluating(self.model):
@@ -189,15 +190,38 @@ class RetrainFreePruner(Pruner):
         if not done:
             raise ConfigError("calibrate() was given no batch")
         self.step = max(self.step + done, self.final_step)
-        dense = copy.deepcopy(self.model) if tune else None
+        dense = copy.deepcopy(self.model) if self.tunes else None
         with torch.no_grad():
             event = self._update_masks(list(self._groups))
             self._apply()
         if dense is not None:
-            with _evaluating(self.model), _evaluating(dense):
-                self.tuning_errors = tune_(self.model, dense, self._columns(), list(batches), loss_fn)
+            self.tune(list(batches), loss_fn, dense)
         self._tell(event)
         return event
+
+    def tune(
+        self, batches: Sequence[Any], forward: Callable[[nn.Module, Any], object], dense: nn.Module
+    ) -> dict[str, tuple[float, float]]:
+        """Scale the columns that stay, so that every layer's outputs come near the dense ones on these batches.
+
+        :meth:`calibrate` and the command line do so with ``tune=True``. Two forward passes per layer and batch.
+
+        Args:
+            batches: whatever ``forward`` takes.
+            forward: ``(model, batch)`` runs a model on a batch; what it returns is not looked at.
+            dense: the model as it was before masks were applied.
+
+        Returns:
+            :attr:`tuning_errors`.
+
+        Raises:
+            ConfigError: masks have not been chosen yet, no batch, or units that cannot be tuned.
+        """
+        if self.calibrating or not batches:
+            raise ConfigError("tune() needs batches, and masks that are chosen: calibrate first")
+        with _evaluating(self.model), _evaluating(dense):
+            self.tuning_errors = tune_(self.model, dense, self._columns(), batches, forward)
+        return self.tuning_errors
 
     def _columns(self) -> list[Columns]:
         return [

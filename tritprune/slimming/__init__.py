@@ -16,7 +16,7 @@ from tritprune.slimming.searchers import (
     get_common_module,
     print_iterables,
 )
-from tritprune.slimming.slimmer import Cut, SlimResult, slim, slim_model
+from tritprune.slimming.slimmer import Cut, SlimResult, slim, slim_model, survey
 
 __all__ = [
     "AutoSlimConfig",
@@ -45,4 +45,5 @@ __all__ = [
     "slim",
     "slim_model",
     "slim_optimizer",
+    "survey",
 ]

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from tritprune.errors import ConfigError
-from tritprune.patterns.heads import find_attentions, head_count
+from tritprune.kernels import apply_masks_
+from tritprune.patterns import HeadsPattern, Site, WeightView, find_attentions
 from tritprune.slimming.leftovers import Refusal
 from tritprune.slimming.searchers import Linear2LinearSearcher, SelfMHASearcher
 from tritprune.slimming.slimmer import SlimResult, slim_model
@@ -80,36 +81,21 @@ def parse_auto_slim_config(
     if not (ffn2_sparsity or mha_sparsity):
         raise ConfigError("auto-slim has nothing to do: ffn2_sparsity and mha_sparsity are both 0")
     inputs = _example(dataloader) if example_inputs is None else example_inputs
-    channels = _channels(model, inputs) if ffn2_sparsity else {}
-    heads, refused = _heads(model, inputs) if mha_sparsity else ({}, [])
-    result = _trial(model, inputs, channels, heads, tracer)
-    groups: list[dict[str, Any]] = []
-    roots = [root for root in channels if _narrower(root, result)]
-    if roots:
-        groups.append(
-            {
-                "name": "feed_forward",
-                "include": roots,
-                "pattern": CHANNELS,
-                "target_sparsity": ffn2_sparsity,
-                **settings,
-            }
-        )
-    attentions = [linears for linears in heads.values() if _narrower(linears[-1], result)]
-    if attentions:
-        names = [name for linears in attentions for name in linears]
-        heads_pattern = {"name": "heads"}
-        groups.append(
-            {"name": "heads", "include": names, "pattern": heads_pattern, "target_sparsity": mha_sparsity, **settings}
-        )
+    roots = _channels(model, inputs) if ffn2_sparsity else []
+    sites, refused = _heads(model, inputs) if mha_sparsity else ([], [])
+    result = _trial(model, inputs, roots, sites, tracer)
+    kept = [root for root in roots if _reads_less(model, root, result)]
+    cuttable = [site for site in sites if _reads_less(model, site.views[-1].name, result)]
+    channels = {"name": "feed_forward", "include": kept, "pattern": CHANNELS, "target_sparsity": ffn2_sparsity}
+    names = [view.name for site in cuttable for view in site.views]
+    heads = {"name": "heads", "include": names, "pattern": {"name": "heads"}, "target_sparsity": mha_sparsity}
+    refused += [Refusal("feed-forward", root, _why(result, root)) for root in roots if root not in kept]
     refused += [
-        Refusal("feed-forward", root, _why(result, root, *channels[root])) for root in channels if root not in roots
+        Refusal("heads", site.name, _why(result, site.name, *(view.name for view in site.views)))
+        for site in sites
+        if site not in cuttable
     ]
-    refused += [
-        Refusal("heads", name, _why(result, name, *linears))
-        for name, linears in heads.items()
-        if linears not in attentions
-    ]
+    groups = [group | settings for group in (channels, heads) if group["include"]]
     if not groups:
         reasons = "; ".join(f"{r.where}: {r.reason}" for r in refused[:4]) or "no two linears follow one another"
         raise ConfigError(f"auto-slim finds nothing in {type(model).__name__} that can go: {reasons}")
@@ -155,50 +141,63 @@ def _example(dataloader: Iterable[Any] | None) -> Any:
     return batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
 
 
-def _channels(model: nn.Module, inputs: Any) -> dict[str, list[str]]:
-    """Linear that reads the channels -> the linears that make them."""
-    found = Linear2LinearSearcher(model, example_inputs=inputs).search()
-    return {item["root_linear"]: list(item["target_frontier_linears"]) for item in found}
+def _channels(model: nn.Module, inputs: Any) -> list[str]:
+    """The linears that read channels which other linears make."""
+    return [item["root_linear"] for item in Linear2LinearSearcher(model, example_inputs=inputs).search()]
 
 
-def _heads(model: nn.Module, inputs: Any) -> tuple[dict[str, list[str]], list[Refusal]]:
-    """Attention -> its query, key, value and output linears, for those whose heads a pruner knows to prune."""
-    known = {frozenset(parts): (name, list(parts)) for name, parts in find_attentions(model)}
-    attentions: dict[str, list[str]] = {}
+def _heads(model: nn.Module, inputs: Any) -> tuple[list[Site], list[Refusal]]:
+    """The attentions that the graph shows and pattern heads knows; the others with the reason."""
+    modules = dict(model.named_modules())
+    known = {frozenset(parts): (name, parts) for name, parts in find_attentions(model)}
+    sites: list[Site] = []
     refused: list[Refusal] = []
     for item in SelfMHASearcher(model, example_inputs=inputs).search():
         linears = [*item["qkv"], *item["ffn"]]
-        name, parts = known.get(frozenset(linears), ("", []))
-        if not parts:
-            reason = "its query, key, value and output are no four linears by names that pattern heads knows"
+        if frozenset(linears) not in known:
+            reason = "its query, key, value and output are no linears by names that pattern heads knows"
             refused.append(Refusal("heads", ", ".join(linears), reason))
-        elif head_count(model, parts[0]) is None:
-            refused.append(Refusal("heads", name, "it does not say how many heads it has"))
+            continue
+        name, parts = known[frozenset(linears)]
+        views = [view for part in parts if (view := WeightView.of(part, modules[part])) is not None]
+        try:
+            (site,) = HeadsPattern().sites(views, model)
+        except ConfigError as error:
+            refused.append(Refusal("heads", name, str(error)))
+            continue
+        if site.grid.units == 1:
+            refused.append(Refusal("heads", name, "it has one head, which stays"))
         else:
-            attentions[name] = parts
-    return attentions, refused
+            sites.append(site)
+    return sites, refused
 
 
 @torch.no_grad()
-def _trial(
-    model: nn.Module, inputs: Any, channels: Mapping[str, Any], heads: Mapping[str, list[str]], tracer: str
-) -> SlimResult:
+def _trial(model: nn.Module, inputs: Any, roots: Sequence[str], sites: Sequence[Site], tracer: str) -> SlimResult:
     """Slim a copy in which the last channel of each block and the last head of each attention are dead."""
     trial = copy.deepcopy(model)
-    for root in channels:
-        trial.get_parameter(f"{root}.weight")[:, -1:] = 0
-    for query, key, value, output in heads.values():
-        count = head_count(model, query) or 1
-        for name in (query, key, value):
-            weight = trial.get_parameter(f"{name}.weight")
-            weight[len(weight) - max(1, len(weight) // count) :] = 0
-        weight = trial.get_parameter(f"{output}.weight")
-        weight[:, weight.shape[1] - max(1, weight.shape[1] // count) :] = 0
+    for root in roots:
+        view = WeightView.of(root, trial.get_submodule(root))
+        assert view is not None
+        weight = view.to_2d(view.parameter.detach())
+        weight[:, -1:] = 0
+    for site in sites:
+        keep = torch.ones(1, site.grid.units, dtype=torch.bool, device=site.views[0].parameter.device)
+        keep[0, -1] = False
+        masks = HeadsPattern().layer_masks(site, keep, (), ())
+        for view, mask, block in zip(site.views, masks, site.blocks, strict=True):
+            parameter = trial.get_parameter(f"{view.name}.weight").detach()
+            stays = torch.ones(view.shape, device=parameter.device)
+            apply_masks_([stays], [mask], [block])
+            view.to_2d(parameter).mul_(stays)
     return slim_model(trial, inputs, tracer=tracer)
 
 
-def _narrower(linear: str, result: SlimResult) -> bool:
-    return 1 in result.selections.get(f"{linear}.weight", {})
+def _reads_less(model: nn.Module, linear: str, result: SlimResult) -> bool:
+    """Whether inputs of the linear were cut."""
+    view = WeightView.of(linear, model.get_submodule(linear))
+    axis = 0 if view is not None and view.kind == "hf_conv1d" else 1
+    return axis in result.selections.get(f"{linear}.weight", {})
 
 
 def _why(result: SlimResult, name: str, *others: str) -> str:

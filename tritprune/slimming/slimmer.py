@@ -20,7 +20,7 @@ from tritprune.slimming.places import Cut, Place, cuts_of, find_places, found_of
 from tritprune.slimming.surgery import cut, selections_of
 from tritprune.slimming.units import Units
 
-__all__ = ["Cut", "SlimResult", "slim", "slim_model"]
+__all__ = ["Cut", "SlimResult", "slim", "slim_model", "survey"]
 
 STYLES = ("known", "counts", "all")
 """Which attributes of an attention count its heads: what is tried, in this order."""
@@ -111,6 +111,17 @@ def slim_model(
 def slim(model: nn.Module, example_inputs: Any, **settings: Any) -> nn.Module:
     """A smaller copy of ``model`` with the same outputs; see :func:`slim_model`, which also returns the account."""
     return slim_model(model, example_inputs, **settings).model
+
+
+def survey(model: nn.Module, graph: Graph) -> list[dict[str, Any]]:
+    """What :func:`slim_model` would look at, as in :attr:`SlimResult.found`; nothing is cut.
+
+    Args:
+        model: any module; left as it is.
+        graph: traced from it.
+    """
+    units = Units(model, graph, 1, {})
+    return found_of(units, find_places(units))
 
 
 @dataclass(frozen=True)

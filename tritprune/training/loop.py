@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritprune.errors import InterruptedRunError, MaskMismatchError
-from tritprune.pruners import PruneEvent, Pruner
+from tritprune.pruners import PruneEvent, Pruner, RetrainFreePruner
 from tritprune.tasks import Task
 from tritprune.tracking import Tracker
 from tritprune.training import curves
@@ -111,6 +111,7 @@ class Loop:
             world=run.accelerator.num_processes,
             seed=step_seed(run.seed, name),
         )
+        self._dense = teacher
         self._teacher = teacher.to(run.device).eval() if teacher is not None and self._distills else None
         self._teacher_logits: Tensor | None = None
         self._event: PruneEvent | None = None
@@ -177,9 +178,24 @@ class Loop:
         if not accelerator.optimizer_step_was_skipped:
             self._lr_schedule.step()
         self.step += 1
+        if calibrating:
+            self._tune_if_chosen()
         mean = accelerator.reduce(total, "mean")
         assert isinstance(mean, Tensor)
         self._log_step(mean.item(), float(lr), clock)
+
+    def _tune_if_chosen(self) -> None:
+        """Once calibration has chosen the masks: its batches once more, all of them on every process."""
+        pruner, task, dense = self.pruner, self.run.task, self._dense
+        if not isinstance(pruner, RetrainFreePruner) or pruner.calibrating or not pruner.tunes or dense is None:
+            return
+        batches = [self._batches.global_batch(step) for step in range(pruner.final_step)]
+
+        def forward(model: nn.Module, indices: Tensor) -> None:
+            batch = {k: v.to(self.run.device) for k, v in task.collate("train", indices).items()}
+            model(**task.model_inputs(batch))
+
+        pruner.tune(batches, forward, dense.to(self.run.device))
 
     def _loss(self, indices: Tensor, *, distill: bool) -> Tensor:
         task = self.run.task

@@ -9,6 +9,7 @@ from tritprune.kernels.triton.kth import kth_score
 from tritprune.kernels.triton.masks import apply_masks_, count_violations, masks_from_threshold
 from tritprune.kernels.triton.multi_tensor import find_tile
 from tritprune.kernels.triton.n_in_m import n_in_m_group_scores, n_in_m_masks
+from tritprune.kernels.triton.optimizers import masked_adamw_, masked_sgd_
 from tritprune.kernels.triton.scores import accumulate_unit_scores_
 from tritprune.kernels.triton.statistics import mask_statistics
 
@@ -22,6 +23,8 @@ __all__ = [
     "count_violations",
     "kth_score",
     "mask_statistics",
+    "masked_adamw_",
+    "masked_sgd_",
     "masks_from_threshold",
     "n_in_m_group_scores",
     "n_in_m_masks",

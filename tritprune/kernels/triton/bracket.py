@@ -10,8 +10,8 @@
 4. Decide, on the device: the threshold is low or high (many equal scores), or among the candidates, or, where a
    sample misled or a segment overflowed, among all scores; the passes of kth.py then read what is left.
 
-The sample decides how much is read, never what is found. Scratch: the sample and its order (at most 48 MiB while it is
-sorted, 8 after that) and then at most 48 MiB of candidates.
+The sample decides how much is read, never what is found. Scratch: the sample and its order (at most 40 MiB while it is
+sorted, 4 after that) and then at most 56 MiB of candidates.
 """
 
 import math

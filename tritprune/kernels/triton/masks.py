@@ -32,7 +32,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _load_mask(mask_ptr, unit, inside, PACKED: tl.constexpr):
+def load_mask(mask_ptr, unit, inside, PACKED: tl.constexpr):
     """1 where a unit stays, and where there is none, else 0: of a byte or of a bit a unit."""
     if PACKED:
         byte = tl.load(mask_ptr + (unit >> 3), mask=inside, other=-1)
@@ -142,7 +142,7 @@ def _apply_kernel(
     else:
         unit_rows = rows // tl.load(row_ptr + 9).to(tl.int32)
         unit_cols = cols // tl.load(row_ptr + 10).to(tl.int32)
-    keep = _load_mask(mask_ptr, at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), inside, PACKED)
+    keep = load_mask(mask_ptr, at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), inside, PACKED)
     zero = tl.zeros([BLOCK], TYPE)
     tl.store(tensor_ptr + at(rows, cols, stride_r, stride_c), zero, mask=inside & (keep == 0))
 
@@ -173,7 +173,7 @@ def _violations_kernel(
     else:
         unit_rows = rows // tl.load(row_ptr + 9).to(tl.int32)
         unit_cols = cols // tl.load(row_ptr + 10).to(tl.int32)
-    keep = _load_mask(mask_ptr, at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), inside, PACKED)
+    keep = load_mask(mask_ptr, at(unit_rows, unit_cols, mask_stride_r, mask_stride_c), inside, PACKED)
     bits = tl.load(tensor_ptr + at(rows, cols, stride_r, stride_c), mask=inside & (keep == 0), other=0)
     found = tl.sum((bits + bits != 0).to(tl.int32))  # twice the bits: the sign falls out, -0 is zero
     if found > 0:

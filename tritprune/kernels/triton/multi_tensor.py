@@ -3,7 +3,8 @@
 Layers reach a kernel as an int64 table ``[T, FIELDS]`` of addresses, sizes and strides, and are cut into tiles of a
 fixed number of positions. Tile number -> layer is a second small table. Both are pure functions of the numbers in
 them, so they are cached by these numbers and never stale; a first upload goes through pinned memory and does not
-synchronise.
+synchronise. While a CUDA graph is captured nothing is cached (what the graph makes exists after its first replay only),
+and the numbers are uploaded from pinned memory that is never written again, so that every replay finds them.
 
 An address out of a table tells the compiler nothing about its alignment, and 4-byte loads would be the result. So
 launchers put layers that meet :func:`is_aligned` into launches of their own, whose kernels repeat the fact with
@@ -118,6 +119,9 @@ def tables(
     for numbers, count in zip(fields, tiles, strict=True):
         rows.append((first, *numbers))
         first += count
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        lengths = _captured_table((tiles,), device)[0]
+        return _captured_table(tuple(rows), device), _owners_of(lengths, first), first
     return _table(tuple(rows), device), _owners(tiles, device), first
 
 
@@ -133,13 +137,61 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | float, **constants: 
         kernel[(programs,)](*arguments, **constants, num_warps=4, enable_fp_fusion=False)
 
 
+class Arena:
+    """Host memory for the tables of CUDA graphs: what is handed out stays as it is for the life of the process.
+
+    Args:
+        size: numbers that a new piece of memory holds.
+        pinned: whether a device may read it while the host goes on.
+    """
+
+    def __init__(self, size: int = 1 << 17, *, pinned: bool = True) -> None:
+        self._size, self._pinned, self._used = size, pinned, 0
+        self._pieces: list[Tensor] = []
+
+    def provide(self) -> None:
+        """See to it that at least half a piece is free; not while a graph is captured, which may not allocate."""
+        if not self._pieces or self._used > self._size // 2:
+            self._pieces.append(torch.empty(self._size, dtype=torch.int64, pin_memory=self._pinned))
+            self._used = 0
+
+    def keep(self, table: Tensor) -> Tensor:
+        """A copy of a table that nothing will ever overwrite.
+
+        Raises:
+            RuntimeError: no room is left, or nothing ran before the capture.
+        """
+        if not self._pieces or self._used + table.numel() > self._size:
+            raise RuntimeError(
+                f"no pinned memory for a table of {table.numel()} numbers in a CUDA graph: run the same step once "
+                "before it is captured, and capture one step a graph"
+            )
+        kept = self._pieces[-1][self._used : self._used + table.numel()].view(table.shape)
+        self._used += -(-table.numel() // 2) * 2  # addresses of whole 16 bytes
+        return kept.copy_(table)
+
+
+_arena = Arena()
+
+
+def _captured_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return _arena.keep(torch.tensor(rows, dtype=torch.int64)).to(device, non_blocking=True)
+
+
 @functools.lru_cache(maxsize=64)
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     table = torch.tensor(rows, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    if device.type != "cuda":
+        return table
+    _arena.provide()
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=64)
 def _owners(tiles: tuple[int, ...], device: torch.device) -> Tensor:
-    layers = torch.arange(len(tiles), dtype=torch.int32, device=device)
-    return layers.repeat_interleave(_table((tiles,), device)[0], output_size=sum(tiles))
+    return _owners_of(_table((tiles,), device)[0], sum(tiles))
+
+
+def _owners_of(lengths: Tensor, total: int) -> Tensor:
+    layers = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
+    return layers.repeat_interleave(lengths, output_size=total)

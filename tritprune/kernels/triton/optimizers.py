@@ -1,0 +1,230 @@
+"""Optimizer steps that end with the mask: one pass over weights, gradients and moments for all layers of a kind.
+
+    AdamW   w, m, v <- step(w, g, m, v);   w <- 0 where the unit is pruned
+    SGD     w, b    <- step(w, g, b);      w <- 0 where the unit is pruned
+
+28 bytes an element for AdamW, 20 for SGD with momentum, and a byte or a bit a unit for the mask, where an optimizer
+and a mask apart read and write the weights once more. Products, quotients and sums are rounded one by one, as in the
+reference, and give its bits.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritprune.kernels.packing import is_packed
+from tritprune.kernels.reference import SMALL_UNIT, Block
+from tritprune.kernels.triton import multi_tensor
+from tritprune.kernels.triton.masks import load_mask
+from tritprune.kernels.triton.multi_tensor import at, find_tile, load_pointer, load_size, load_stride, walk_grid
+
+FIELDS = tl.constexpr(16)
+_BLOCK = 512
+
+
+@triton.jit
+def _places(row_ptr, tile, MASK: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ALIGNED: tl.constexpr, BLOCK):
+    """Offsets of a tile's elements in the weight and in the gradient, which exist, and which are pruned."""
+    n_rows = tl.load(row_ptr + 6)
+    n_cols = load_size(row_ptr + 7, ALIGNED)
+    rows, cols, inside = walk_grid(tile, n_rows, n_cols, BLOCK, ALIGNED)
+    own = at(rows, cols, load_size(row_ptr + 8, ALIGNED), load_stride(row_ptr + 9, ALIGNED))
+    of_gradient = at(rows, cols, load_size(row_ptr + 10, ALIGNED), load_stride(row_ptr + 11, ALIGNED))
+    gone = rows < 0
+    if MASK != "none":
+        if N > 0:
+            unit_rows = rows // N
+            unit_cols = cols // M
+        else:
+            unit_rows = rows // tl.load(row_ptr + 14).to(tl.int32)
+            unit_cols = cols // tl.load(row_ptr + 15).to(tl.int32)
+        unit = at(unit_rows, unit_cols, tl.load(row_ptr + 12), tl.load(row_ptr + 13))
+        mask_ptr = load_pointer(row_ptr + 5, tl.int8, False)
+        gone = load_mask(mask_ptr, unit, inside, MASK == "packed") == 0
+    return own, of_gradient, inside, gone
+
+
+@triton.jit
+def _adamw_kernel(
+    table_ptr,  # [T, FIELDS]: first tile, w, g, m, v, mask, R, C, strides of w, g and mask, n, m
+    owners_ptr,  # [tiles]
+    decay,  # 1 - lr * weight decay
+    share1,  # 1 - beta1
+    beta2,
+    share2,  # 1 - beta2
+    root,  # sqrt(1 - beta2^step)
+    eps,
+    size,  # -lr / (1 - beta1^step)
+    MASK: tl.constexpr,  # "none", "bool" or "packed"
+    RESET: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
+    w_ptr = load_pointer(row_ptr + 1, tl.float32, ALIGNED)
+    g_ptr = load_pointer(row_ptr + 2, tl.float32, ALIGNED)
+    m_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
+    v_ptr = load_pointer(row_ptr + 4, tl.float32, ALIGNED)
+    own, of_gradient, inside, gone = _places(row_ptr, tile, MASK, N, M, ALIGNED, BLOCK)
+    w = tl.load(w_ptr + own, mask=inside, other=0.0)
+    g = tl.load(g_ptr + of_gradient, mask=inside, other=0.0)
+    m = tl.load(m_ptr + own, mask=inside, other=0.0)
+    v = tl.load(v_ptr + own, mask=inside, other=0.0)
+    w = w * decay
+    m = m + (g - m) * share1
+    v = v * beta2 + (g * share2) * g
+    denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + root) + eps
+    w = w + tl.div_rn(m * size, denominator)
+    tl.store(w_ptr + own, tl.where(gone, 0.0, w), mask=inside)
+    tl.store(m_ptr + own, tl.where(gone, 0.0, m) if RESET else m, mask=inside)
+    tl.store(v_ptr + own, tl.where(gone, 0.0, v) if RESET else v, mask=inside)
+
+
+@triton.jit
+def _sgd_kernel(
+    table_ptr,  # [T, FIELDS]: first tile, w, g, b, b, mask, R, C, strides of w, g and mask, n, m
+    owners_ptr,  # [tiles]
+    minus_lr,
+    momentum,
+    share,  # 1 - dampening
+    weight_decay,
+    MOMENTUM: tl.constexpr,  # "none", "first" or "next"
+    DECAYS: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "bool" or "packed"
+    RESET: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
+    w_ptr = load_pointer(row_ptr + 1, tl.float32, ALIGNED)
+    g_ptr = load_pointer(row_ptr + 2, tl.float32, ALIGNED)
+    b_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
+    own, of_gradient, inside, gone = _places(row_ptr, tile, MASK, N, M, ALIGNED, BLOCK)
+    w = tl.load(w_ptr + own, mask=inside, other=0.0)
+    d = tl.load(g_ptr + of_gradient, mask=inside, other=0.0)
+    if DECAYS:
+        d = d + w * weight_decay
+    if MOMENTUM != "none":
+        b = d
+        if MOMENTUM == "next":
+            b = tl.load(b_ptr + own, mask=inside, other=0.0) * momentum + d * share
+        tl.store(b_ptr + own, tl.where(gone, 0.0, b) if RESET else b, mask=inside)
+        d = d + b * momentum if NESTEROV else b
+    w = w + d * minus_lr
+    tl.store(w_ptr + own, tl.where(gone, 0.0, w), mask=inside)
+
+
+class _Layer(NamedTuple):
+    """A weight with its gradient, moments and mask, columns adjacent in memory where they can be."""
+
+    weight: Tensor
+    gradient: Tensor
+    states: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    mask_strides: tuple[int, ...]
+    block: Block
+
+    @classmethod
+    def of(cls, weight: Tensor, gradient: Tensor, states: tuple[Tensor, Tensor], mask: Tensor | None, block: Block):
+        strides = (0, 0) if mask is None else mask.stride()
+        if mask is not None and is_packed(mask):
+            strides = (-(-weight.shape[1] // block[1]), 1)
+        if weight.stride(0) < weight.stride(1):
+            weight, gradient, block = weight.t(), gradient.t(), (block[1], block[0])
+            states, strides = (states[0].t(), states[1].t()), strides[::-1]
+        return cls(weight, gradient, states, mask, strides, block)
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        tensors = (self.weight, self.gradient, *self.states, self.weight if self.mask is None else self.mask)
+        strides = (*self.weight.stride(), *self.gradient.stride(), *self.mask_strides)
+        return (*(tensor.data_ptr() for tensor in tensors), *self.weight.shape, *strides, *self.block)
+
+    @property
+    def variant(self) -> tuple[str, int, int, bool]:
+        """(kind of mask, n, m, aligned): what a launch has in common; n = m = 0: read from the table."""
+        if self.mask is None:
+            return ("none", 0, 0, self._aligned)
+        block = self.block if self.block[0] * self.block[1] <= SMALL_UNIT else (0, 0)
+        return ("packed" if is_packed(self.mask) else "bool", *block, self._aligned)
+
+    @property
+    def _aligned(self) -> bool:
+        tensors = (self.weight, self.gradient, *self.states)
+        return all(tensor.stride(1) == 1 for tensor in tensors[:2]) and multi_tensor.is_aligned(
+            *(tensor.data_ptr() for tensor in tensors),
+            self.weight.stride(0),
+            self.gradient.stride(0),
+            self.weight.shape[1],
+        )
+
+
+def masked_adamw_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    blocks: Sequence[tuple[int, int]],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    reset: bool = False,
+) -> None:
+    """See :func:`tritprune.kernels.reference.masked_adamw_`; one launch per kind of mask and alignment."""
+    scalars = (
+        *(1.0 - lr * weight_decay, 1.0 - beta1, float(beta2), 1.0 - beta2),
+        *((1.0 - beta2**step) ** 0.5, float(eps), -lr / (1.0 - beta1**step)),
+    )
+    states = zip(firsts, seconds, strict=True)
+    for table, owners, tiles, constants in _launches(weights, gradients, states, masks, blocks):
+        multi_tensor.launch(_adamw_kernel, tiles, table, owners, *scalars, RESET=reset, **constants)
+
+
+def masked_sgd_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    masks: Sequence[Tensor | None],
+    blocks: Sequence[tuple[int, int]],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    first: bool,
+    reset: bool = False,
+) -> None:
+    """See :func:`tritprune.kernels.reference.masked_sgd_`; one launch per kind of mask and alignment."""
+    scalars = (-float(lr), float(momentum), 1.0 - dampening, float(weight_decay))
+    kind = "none" if momenta is None else "first" if first else "next"
+    shared = {"MOMENTUM": kind, "DECAYS": weight_decay != 0, "NESTEROV": nesterov, "RESET": reset}
+    states = ((state, state) for state in (weights if momenta is None else momenta))
+    for table, owners, tiles, constants in _launches(weights, gradients, states, masks, blocks):
+        multi_tensor.launch(_sgd_kernel, tiles, table, owners, *scalars, **shared, **constants)
+
+
+def _launches(weights, gradients, states, masks, blocks):
+    """Table, owners, tiles and constants of every launch."""
+    layers = [_Layer.of(*layer) for layer in zip(weights, gradients, states, masks, blocks, strict=True)]
+    for (mask, n, m, aligned), members in multi_tensor.group_by(layers, lambda layer: layer.variant).items():
+        table, owners, tiles = multi_tensor.tables(
+            [layer.fields for layer in members],
+            [layer.weight.numel() for layer in members],
+            _BLOCK,
+            weights[0].device,
+        )
+        yield table, owners, tiles, {"MASK": mask, "N": n, "M": m, "ALIGNED": aligned, "BLOCK": _BLOCK}
