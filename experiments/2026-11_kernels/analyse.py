@@ -1,18 +1,19 @@
-"""Writes table.md and figure.png beside this file from the JSON lines of run.sh:  python analyse.py outputs/kernels."""
+"""Writes the tables of README.md and figure.png from the JSON lines of run.sh:  python analyse.py outputs/kernels."""
 
 import json
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+BEGIN, END = "<!-- written by analyse.py -->", "<!-- end -->"
 
 GOALS = [
     # operation, problem, goal on a GPU, goals on the CPU {rival: times as fast}
     ("SNIP-momentum, elements", "score 1x1", "<= 1.25x floor; >= 2.4x NC, 2x foreach", {"neural_compressor": 2}),
     ("SNIP-momentum, 4x1 units", "score 4x1", "<= 1.25x floor; >= 3x NC", {"neural_compressor": 2}),
     ("2:4 masks", "2:4 masks", "<= 1.4x floor; >= 8x ASP and NC", {"neural_compressor": 4, "asp": 4}),
-    ("global k-th, 85M elements", "k-th of elements", "<= 2.5x; >= 5x topk, 15x sort, 200x kthvalue", {"kthvalue": 15}),
-    ("global k-th, 21M 4x1 units", "k-th of 4x1 units", "<= 2.5x floor, 0 syncs", {"kthvalue": 15}),
+    ("global k-th, elements", "k-th of elements", "<= 2.5x; >= 5x topk, 15x sort, 200x kthvalue", {"kthvalue": 15}),
+    ("global k-th, 4x1 units", "k-th of 4x1 units", "<= 2.5x floor, 0 syncs", {"kthvalue": 15}),
     ("threshold to 4x1 masks", "threshold to 4x1 masks", "", {}),
     ("mask apply, 4x1", "apply 4x1 masks", "<= 1.25x floor; >= 1.05x mul_(bool)", {}),
     ("plain step: score, apply", "plain step", "", {"neural_compressor 2.6": 2}),
@@ -40,9 +41,10 @@ def main(folder):
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     copies = sorted({round(row["copy_bytes_per_second"] / 1e9, 1) for row in rows})
     loads = sorted({round(row["load"], 1) for row in rows})
+    sizes = list(dict.fromkeys(f"{row['layers']} layers of {row['set']} ({row['weights'] / 1e6:.1f}M)" for row in rows))
     text = [
         f"{about['device']}; {versions}; {about['date']}. Copy {' and '.join(map(str, copies))} GB/s,",
-        f"load average at the start {' and '.join(map(str, loads))}. BERT-base, 84.9M weights in 72 layers, fp32.",
+        f"load average at the start {' and '.join(map(str, loads))}. {' / '.join(sizes)}, fp32.",
         "Milliseconds are medians (p10 to p90); a ratio is rival / ours, of medians. **NC**: Neural Compressor.",
         "",
         "| operation | goal, GPU | GPU | ours, CPU ms | again | x floor | rivals: times our time | goal, CPU | met |",
@@ -60,7 +62,7 @@ def main(folder):
         shown = ", ".join(f"{name} {ratio:.3g}" for name, ratio in others.items())
         met = all(others[rival] >= goal for rival, goal in goals.items() if rival in others) if goals else None
         text.append(
-            f"| {label} | {gpu or '-'} | not run | {milliseconds(own)} | {again:.2f} | "
+            f"| {label} ({found['tritprune']['set']}) | {gpu or '-'} | not run | {milliseconds(own)} | {again:.2f} | "
             f"{own['median'] / found['tritprune']['floor_ms']:.2f} | {shown} | "
             + (", ".join(f">= {goal}x {rival}" for rival, goal in goals.items()) or "-")
             + f" | {'-' if met is None else 'yes' if met else '**no**'} |"
@@ -71,12 +73,14 @@ def main(folder):
         f"{row['allocated'] / 1e6:,.1f} |"
         for row in lines(folder / "counts_cpu.jsonl")
     ]
-    (HERE / "table.md").write_text("\n".join(text) + "\n")
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text("\n".join([before + BEGIN, *text, END + rest.partition(END)[2]]))
     print("\n".join(text))
-    figure(problems, about)
+    figure(problems, f"{about['device']}, {about['date']}; {' / '.join(sizes)}")
 
 
-def figure(problems, about):
+def figure(problems, title):
     import matplotlib.pyplot as plt
 
     named = [(label, problems[problem]) for label, problem, _, _ in GOALS]
@@ -107,7 +111,7 @@ def figure(problems, about):
     axes.set_xlabel(
         "times the floor: bytes that the job must move / copy bandwidth measured in the run; left is better"
     )
-    axes.set_title(f"BERT-base, 84.9M weights, CPU: {about['device']}, {about['date']}", fontsize=9, loc="left")
+    axes.set_title(title, fontsize=9, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     canvas.savefig(HERE / "figure.png", dpi=130)
 

@@ -27,11 +27,12 @@ def main() -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.threads:
         torch.set_num_threads(options.threads)
-    shapes = SETS[options.set or ("bert" if device.type == "cuda" else "minilm")]
+    name = options.set or ("bert" if device.type == "cuda" else "minilm")
+    shapes = SETS[name]
     elements = sum(rows * cols for rows, cols in shapes)
     title = f"{options.what}: {len(shapes)} layers, {elements / 1e6:,.1f}M weights, {options.dtype}, on {device.type}"
     if options.what == "counts":
-        return _counts(Steps(shapes, device), title, options)
+        return _counts(Steps(shapes, device), title, name, options)
     if options.what == "steps":
         problems = Steps(shapes, device)
         if problems.theirs is None:
@@ -46,7 +47,7 @@ def main() -> int:
             peers=options.what == "peers",
             compiled=not options.no_compile,
         )
-    about = machine(device)
+    about = machine(device) | {"set": name, "layers": len(shapes), "weights": elements}
     _say(f"{title}\nmeasuring the copy bandwidth")
     bandwidth = copy_bandwidth(device)
     if device.type == "cuda":
@@ -98,7 +99,7 @@ def _measured(problem: Problem, device: torch.device, bandwidth: float, options:
     ]
 
 
-def _counts(steps: Steps, title: str, options: argparse.Namespace) -> int:
+def _counts(steps: Steps, title: str, of: str, options: argparse.Namespace) -> int:
     """What a plain step and a mask update dispatch, read back, launch and allocate; a table and JSON lines."""
     print(f"{title}\n{'':<16}{'':<36}{'ops':>8}{'host reads':>12}{'launches':>10}{'allocated MB':>14}")
     entries: list[dict[str, Any]] = []
@@ -117,7 +118,8 @@ def _counts(steps: Steps, title: str, options: argparse.Namespace) -> int:
                 f"{'' if number else problem.name:<16}{name:<36}{counts.ops:>8,}{counts.host_reads:>12,}"
                 f"{counts.launches:>10,}{counts.allocated / 1e6:>14,.1f}"
             )
-            entries.append({"problem": problem.name, "contender": name, **asdict(counts), **machine(steps.device)})
+            about = machine(steps.device) | {"set": of}
+            entries.append({"problem": problem.name, "contender": name, **asdict(counts), **about})
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)

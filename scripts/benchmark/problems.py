@@ -19,9 +19,11 @@ SETS: dict[str, list[tuple[int, int]]] = {
     "small": [(384, 384)] * 4 + [(1536, 384), (384, 1536)],
     "minilm": ([(384, 384)] * 4 + [(1536, 384), (384, 1536)]) * 6,
     "bert": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)]) * 12,
+    "tiny72": ([(48, 48)] * 4 + [(192, 48), (48, 192)]) * 12,
     "7b": ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]) * 32,
 }
-"""Layer shapes: a layer of MiniLM; all of MiniLM (10.6M weights); BERT-base (84.9M in 72 layers); Llama-7B (6.48B)."""
+"""Layer shapes: a layer of MiniLM; all of MiniLM (10.6M weights); BERT-base (84.9M in 72 layers); 72 layers of a
+256th of that, to count what no size changes; Llama-7B (6.48B)."""
 
 SPARSITY = 0.8
 SNIP = {"form": "snip", "reduce": "mean", "alpha": rivals.ALPHA, "beta": rivals.BETA}

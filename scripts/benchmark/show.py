@@ -64,7 +64,7 @@ def table(rows: Sequence[Row], bandwidth: float, about: dict[str, Any], title: s
         f"{about['device']}; " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + f"; {about['date']}",
         f"copy {bandwidth / 1e9:,.1f} GB/s; floor = bytes that the job must move / copy; ms are medians (p10 to p90)",
         "",
-        f"{'':<24}{'':<27}{'ms':>9}{'p10 to p90':>18}{'x floor':>9}{'x ours':>8}",
+        f"{'':<24}{'':<27}{'ms':>10}{'p10 to p90':>21}{'x floor':>9}{'x ours':>8}",
     ]
     own: dict[str, float] = {}
     last = ""
@@ -76,7 +76,7 @@ def table(rows: Sequence[Row], bandwidth: float, about: dict[str, Any], title: s
         last = row.problem
         spread = f"{_ms(row.times.p10)} to {_ms(row.times.p90)}"
         lines.append(
-            f"{row.problem if first else '':<24}{row.contender:<27}{_ms(row.times.median):>9}{spread:>18}"
+            f"{row.problem if first else '':<24}{row.contender:<27}{_ms(row.times.median):>10}{spread:>21}"
             f"{row.times.median / row.floor_ms:>9.2f}{row.times.median / own[row.problem]:>8.2f}"
             + (f"  {row.note}" if row.note else "")
         )

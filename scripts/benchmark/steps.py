@@ -75,8 +75,8 @@ class Steps:
         model, pruner, optimizer = self._ours(frequency=10**9)
 
         def run() -> None:
-            pruner._before_step(optimizer)
-            pruner._after_step(optimizer)
+            pruner._before_step(optimizer, (), {})
+            pruner._after_step(optimizer, (), {})
 
         run()  # step 1 has the one mask update
         contenders: dict[str, Callable[[], object]] = {"tritprune": run}
@@ -89,10 +89,10 @@ class Steps:
 
     def _update(self, name: str) -> Problem:
         model, pruner, optimizer = self._ours(frequency=1)
-        pruner._before_step(optimizer)  # scores once: an update alone is measured
+        pruner._before_step(optimizer, (), {})  # scores once: an update alone is measured
 
         def run() -> None:
-            pruner._after_step(optimizer)
+            pruner._after_step(optimizer, (), {})
 
         contenders: dict[str, Callable[[], object]] = {"tritprune": run}
         agreement: dict[str, str] = {}
