@@ -308,9 +308,9 @@ HEAD = """\
 # What the slimmer does to each architecture
 
 [Small random models](../tests/slimming/architectures.py) in float32, with some units, channels and heads zeroed.
-Everything that is dead is cut exactly or refused by name. "Found" counts the places whose width could change:
-feed-forward blocks, attentions, channels between convolutions, and streams, which more than one layer reads. Each
-reason is given once, for the first layer that it holds. "Tracers" says whether torch.jit and torch.export lead to the same
+Everything that is dead is cut exactly or refused by name. "Found" counts the places whose width could change: feed-
+forward blocks, attentions, channels between convolutions, and streams, which more than one layer reads. Each reason
+is given once, for the first layer that it holds. "Tracers" says whether torch.jit and torch.export lead to the same
 findings, cuts and refusals. The last column is the largest absolute difference of any output on any of the
 certificate's inputs.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritprune.slimming import slim_model
+from tritprune.slimming import Linear2LinearSearcher, RecipeSearcher, SelfMHASearcher, slim_model
 
 SOURCE = Path(__file__).with_name("architectures.py")
 spec = importlib.util.spec_from_file_location("architectures", SOURCE)
@@ -32,6 +32,20 @@ def test_what_is_dead_is_cut_exactly_or_refused_by_name(name):
     assert float(difference) < 1e-4
     if "heads" not in cut and name in architectures.TRANSFORMERS and name != "ConvNeXt":
         assert "heads" in refused
+
+
+@pytest.mark.parametrize("name", [name for name in architectures.TRANSFORMERS if "Llama," not in name])
+def test_the_recipe_of_each_names_the_same_linears_as_the_graph(name):
+    pytest.importorskip("transformers")
+    model, inputs = architectures.build(name)
+    names = {id(module): path for path, module in model.named_modules()}
+    by_recipe = [[names[id(module)] for module in found] for found in RecipeSearcher(model).search()]
+    searched = SelfMHASearcher(model, example_inputs=inputs).search()
+    chains = Linear2LinearSearcher(model, example_inputs=inputs).search()
+    by_graph = [item["qkv"] + item["ffn"] for item in searched]
+    by_graph += [[*item["target_frontier_linears"], item["root_linear"]] for item in chains]
+    assert by_recipe
+    assert {tuple(sorted(found)) for found in by_recipe} <= {tuple(sorted(found)) for found in by_graph}
 
 
 def test_the_page_is_what_the_slimmer_does():
