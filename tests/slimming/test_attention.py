@@ -163,7 +163,7 @@ def test_heads_go_through_what_keeps_them_apart(mix, randomised, kill):
 @pytest.mark.parametrize(
     ("mix", "reason"),
     [
-        (per_head_slopes, "mul combines them with numbers that no parameter gives"),
+        (per_head_slopes, "mul combines them with numbers for each of them that no parameter gives"),
         (fixed_heads, "the model does not run without them"),
         (normalised, "div shares them between heads"),
     ],

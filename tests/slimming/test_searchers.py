@@ -53,6 +53,17 @@ def test_recipe_searcher(make_bert):
         searcher.search("BertLayer")
 
 
+def test_recipes_of_common_architectures(make_bert):
+    model = make_bert()
+    layer = model.bert.encoder.layer[1]
+    assert RecipeSearcher(model).search("BertLayer")[1] == [layer.intermediate.dense, layer.output.dense]
+    with pytest.raises(ConfigError, match=r"no recipe for Linear \(model type None\): give one; known: bert, roberta"):
+        RecipeSearcher(nn.Linear(2, 2))
+
+
+TRACERS = pytest.mark.parametrize("tracer", ["jit", "export"])
+
+
 @pytest.mark.parametrize("given", ["nothing", "mapping", "pair", "examples", "placeholder"])
 def test_linear_to_linear(given, make_bert, tokens):
     model = make_bert(max_position_embeddings=64)
@@ -78,9 +89,10 @@ def test_linear_to_linear(given, make_bert, tokens):
     assert objects[0]["target_frontier_linears"] == [model.bert.encoder.layer[0].intermediate.dense]
 
 
-def test_self_attention(make_bert):
+@TRACERS
+def test_self_attention(tracer, make_bert):
     model = make_bert(max_position_embeddings=32)
-    searcher = SelfMHASearcher(model)
+    searcher = SelfMHASearcher(model, tracer=tracer)
     found = searcher.search()
     assert found == [{"qkv": QKV[0], "ffn": FFN[0]}, {"qkv": QKV[1], "ffn": FFN[1]}]
     assert searcher.search(split_qkv_ffn=True) == (QKV[0] + QKV[1], FFN[0] + FFN[1])
@@ -100,18 +112,20 @@ def test_base_attributes():
     assert len(Linear2LinearSearcher(model).search()) == 1
 
 
-def test_vision_model_gets_an_image():
+@TRACERS
+def test_vision_model_gets_an_image(tracer):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4
     )
-    searcher = SelfMHASearcher(transformers.ViTForImageClassification(config))
+    searcher = SelfMHASearcher(transformers.ViTForImageClassification(config), tracer=tracer)
     (found,) = searcher.search()
     assert len(found["qkv"]) == 3
     assert len(found["ffn"]) == 1
 
 
-def test_decoder_with_a_cache_and_grouped_queries():
+@TRACERS
+def test_decoder_with_a_cache_and_grouped_queries(tracer):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=20,
@@ -122,11 +136,11 @@ def test_decoder_with_a_cache_and_grouped_queries():
         intermediate_size=24,
     )
     model = transformers.LlamaForCausalLM(config)
-    found = SelfMHASearcher(model, placeholder_shape=(1, 6)).search()
+    found = SelfMHASearcher(model, placeholder_shape=(1, 6), tracer=tracer).search()
     start = "model.layers.0.self_attn"
     assert found[0] == {"qkv": [f"{start}.{p}_proj" for p in "qkv"], "ffn": [f"{start}.o_proj"]}
     assert len(found) == 2
-    chains = Linear2LinearSearcher(model, placeholder_shape=(1, 6)).search()
+    chains = Linear2LinearSearcher(model, placeholder_shape=(1, 6), tracer=tracer).search()
     assert [sorted(item["target_frontier_linears"]) for item in chains] == [
         [f"model.layers.{i}.mlp.gate_proj", f"model.layers.{i}.mlp.up_proj"] for i in range(2)
     ]

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Selections = dict[str, dict[int, Tensor]]
@@ -26,27 +25,6 @@ def selected(tensor: Tensor, selection: Mapping[int, Tensor]) -> Tensor:
     for dimension, kept in selection.items():
         tensor = tensor.index_select(dimension, kept.to(tensor.device))
     return tensor
-
-
-def created_and_folded(
-    before: nn.Module, after: nn.Module, selections: Selections
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the tensors that only ``after`` has, and of those whose values are not simply what was kept."""
-    old, new = named_tensors(before), named_tensors(after)
-    created = tuple(name for name in new if name not in old)
-    folded = tuple(
-        name
-        for name, tensor in new.items()
-        if name in old and not _same(selected(old[name].detach(), selections.get(name, {})), tensor.detach())
-    )
-    return created, folded
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    equal = one == other
-    return bool((equal | (one.isnan() & other.isnan()) if one.is_floating_point() else equal).all())
 
 
 def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
@@ -85,11 +63,3 @@ def _changed_counts(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, 
             yield name, value
         elif isinstance(value, tuple) and value and all(type(part) is int for part in value):
             yield name, list(value)
-
-
-@torch.no_grad()
-def compose(selections: Selections, name: str, dimension: int, kept: Tensor) -> None:
-    """Note that of what ``selections`` has kept so far of this dimension, only the indices ``kept`` stay."""
-    of_tensor = selections.setdefault(name, {})
-    kept = kept.detach().cpu()
-    of_tensor[dimension] = of_tensor[dimension][kept] if dimension in of_tensor else kept

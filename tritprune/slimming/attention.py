@@ -7,7 +7,7 @@ product behind a softmax. Query, key and value may be one fused linear, and seve
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from tritprune.slimming.elementwise import is_identity
 from tritprune.slimming.linears import Linears
@@ -106,9 +106,19 @@ def _explicit_core(product: Node, graph: Graph) -> _Core | None:
 
 def _block(core: _Core, linears: Linears) -> Attention:
     query, key, value = (_nearest_linears(v, linears) for v in (core.query, core.key, core.value))
+    output = _next_linear(core.mixed, linears)
+    return Attention(query, key, value, output, _heads(core, output, linears), core.query, core.key)
+
+
+def _heads(core: _Core, output: str | None, linears: Linears) -> int:
+    """What the output linear reads, divided by what each head makes; else the third dimension from the end."""
     shape = core.query.shape or ()
-    heads = shape[-3] if len(shape) >= 3 else 0
-    return Attention(query, key, value, _next_linear(core.mixed, linears), heads, core.query, core.key)
+    layer, size = linears.modules.get(str(output)), (core.mixed.shape or (1,))[-1]
+    if layer is not None:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        width = weight.shape[0] if type(layer).__name__ == "Conv1D" else weight.shape[1]
+        return width // size
+    return shape[-3] if len(shape) >= 3 else 0
 
 
 def _nearest_linears(value: Value, linears: Linears) -> tuple[str, ...]:

@@ -193,6 +193,12 @@ def matching_blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[i
     return blocks
 
 
+def distinct(numbers: Array) -> Array:
+    """The distinct numbers, ascending."""
+    ordered = np.sort(numbers, axis=None)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
+
+
 def components(size: int, edges: Sequence[tuple[Array, Array]]) -> Array:
     """For each of ``size`` items, the smallest item that it is connected with through ``edges``."""
     label = np.arange(size)

@@ -309,8 +309,11 @@ def _computed(kind: str, raw: Any, read: tuple[Value, ...]) -> tuple[Any] | None
     operation = getattr(torch.ops.aten, kind, None)
     if not scalar or operation is None or raw.output().type().kind() != "TensorType":
         return None
+    numbers = [value.constant for value in read]
     try:
-        return (operation(*(value.constant for value in read)),)
+        if kind in ("add", "sub", "rsub"):
+            return (operation(*numbers[:2], alpha=numbers[2]),)
+        return (operation(*numbers),)
     except FAILURES:  # no arithmetic after all: an operation that makes a tensor from numbers in another way
         return None
 

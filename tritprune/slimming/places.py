@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 from tritprune.slimming.attention import Attention, common_parent, find_attention
-from tritprune.slimming.forms import Array
+from tritprune.slimming.forms import Array, distinct
 from tritprune.slimming.nodes import Value
 from tritprune.slimming.surgery import set_counts
 from tritprune.slimming.units import Units
@@ -44,6 +44,7 @@ class Place:
         dims: the dimensions of parameters that they live in.
         attentions: the attention blocks whose heads they are.
         convolutions: whether a layer among them is a convolution.
+        held: whether none of the units can go.
     """
 
     family: int
@@ -52,12 +53,15 @@ class Place:
     dims: list[tuple[str, int]]
     attentions: list[Attention] = field(default_factory=list)
     convolutions: bool = False
+    held: bool = False
 
     @property
     def kind(self) -> str:
         """attention, channels, feed-forward, or stream: a width that more than one layer reads."""
         if self.attentions:
             return "attention"
+        if self.held and len(self.makers) + len(self.readers) > 2:
+            return "stream"
         if self.convolutions:
             return "channels"
         return "feed-forward" if len(self.readers) == 1 else "stream"
@@ -68,11 +72,11 @@ def find_places(units: Units) -> list[Place]:
     model, walk = units.model, units.walk
     dims: dict[int, list[tuple[str, int]]] = {}
     for key, atoms in units.dims.items():
-        for family in np.unique(units.family[atoms]).tolist():
+        for family in distinct(units.family[atoms]).tolist():
             dims.setdefault(family, []).append(key)
     read: dict[int, list[tuple[str, int]]] = {}
     for reader in walk.readers:
-        for family in np.unique(units.family[reader.group.atoms]).tolist():
+        for family in distinct(units.family[reader.group.atoms]).tolist():
             read.setdefault(family, []).append((reader.weight, reader.dim))
     places: list[Place] = []
     for family, readers in read.items():
@@ -82,6 +86,7 @@ def find_places(units: Units) -> list[Place]:
         names = [_layer(name) for name, _ in dict.fromkeys(readers)]
         place = Place(family, [_layer(name) for name, _ in made], names, dims[family])
         layers = [model.get_submodule(name) for name in (*place.makers, *place.readers)]
+        place.held = units.obstacle(family) is not None
         place.convolutions = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in layers)
         places.append(place)
     by_reader = {(name, family): place for place in places for name in place.readers for family in (place.family,)}
@@ -95,7 +100,7 @@ def find_places(units: Units) -> list[Place]:
 def _families(units: Units, attention: Attention) -> list[int]:
     """The families of what the output linear of an attention reads."""
     atoms = [r.group.atoms for r in units.walk.readers if _layer(r.weight) == attention.output]
-    return np.unique(units.family[np.concatenate(atoms)]).tolist() if atoms else []
+    return distinct(units.family[np.concatenate(atoms)]).tolist() if atoms else []
 
 
 def _layer(parameter: str) -> str:
@@ -140,7 +145,7 @@ def first_atoms(units: Units, value: Value) -> Array | None:
         return None
     axis = group.axis(form.rank - 3)
     atoms = np.moveaxis(group.atoms, axis, 0).reshape(group.atoms.shape[axis], -1)[:, 0]
-    return np.unique(atoms)
+    return distinct(atoms)
 
 
 def cuts_of(units: Units, places: list[Place]) -> list[Cut]:

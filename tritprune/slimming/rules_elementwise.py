@@ -113,12 +113,9 @@ def _tie_part(walk: Walk, node: Node, whole: Group, part: Group) -> None:
 def _other(walk: Walk, node: Node) -> str:
     """In words, an operand of ``node`` without units."""
     for value in node.operands():
-        form = walk.form(value)
-        if not form.groups and value.rank:
-            return "the model's input" if value.name in walk.graph.inputs else "numbers that no parameter gives"
-    return (
-        "a constant tensor" if any(v.is_constant and v.rank for v in node.inputs) else "numbers that no parameter gives"
-    )
+        if value.name in walk.graph.inputs and value.rank:
+            return "the model's input"
+    return "numbers for each of them that no parameter gives"
 
 
 def _yields(form: Form, dim: int) -> bool:

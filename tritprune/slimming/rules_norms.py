@@ -132,7 +132,7 @@ def pad(walk: Walk, node: Node) -> Form | None:
     x, added = walk.form(node.inputs[0]), node.argument(1)
     mode = node.argument(2) if node.kind == "pad" else node.kind
     if added is None:
-        return None
+        return Form(x.shape, x.groups, x.free) if node.output.shape == x.shape else None
     grown = [x.rank - 1 - k // 2 for k, count in enumerate(added) if count]
     if any(dim in group.dims for dim in grown for group in x.groups):
         return None

@@ -84,8 +84,10 @@ def select(walk: Walk, node: Node) -> Form | None:
     form, dim, index = walk.form(node.inputs[0]), node.argument(1), node.argument(2)
     dim %= form.rank
     own = form.group(dim)
-    if own is not None and (index is None or len(own.dims) == 1):
+    if own is not None and index is None:
         return None
+    if own is not None and len(own.dims) == 1:
+        walk.pin(own.taken(dim, [index]), f"{describe(node)} takes one of them by its number")
     made = take(form, dim, [index or 0], form.shape) if own is not None else form
     return dropped(made, dim, tuple(node.output.shape or ()))
 

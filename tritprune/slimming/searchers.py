@@ -12,6 +12,7 @@ from tritprune.slimming.attention import common_parent, find_attention
 from tritprune.slimming.elementwise import ELEMENTWISE
 from tritprune.slimming.feed_forward import FeedForward, find_feed_forward
 from tritprune.slimming.graph import Graph, Node, trace
+from tritprune.slimming.recipes import RECIPES
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,21 @@ class RecipeSearcher:
     Args:
         model: the model.
         recipe: class name -> paths below a module of that class, e.g.
-            ``{"BertAttention": ["self.query", "self.key", "self.value", "output.dense"]}``.
+            ``{"BertAttention": ["self.query", "self.key", "self.value", "output.dense"]}``; by default the one of
+            :data:`~tritprune.slimming.recipes.RECIPES` for the model's type.
+
+    Raises:
+        ConfigError: no recipe is given, and none is known for the model.
     """
 
-    def __init__(self, model: nn.Module, recipe: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, model: nn.Module, recipe: Mapping[str, Sequence[str]] | None = None) -> None:
         self.model = model
+        if recipe is None:
+            kind = getattr(getattr(model, "config", None), "model_type", None)
+            if kind not in RECIPES:
+                known = f"known: {', '.join(RECIPES)}"
+                raise ConfigError(f"no recipe for {type(model).__name__} (model type {kind}): give one; {known}")
+            recipe = RECIPES[kind]
         self.recipe = recipe
         self.targets = set(recipe)
         self.searching_results: list[list[nn.Module]] = []
@@ -89,6 +100,7 @@ class JitBasicSearcher:
             configuration says, else [1, in_features of its first linear] or [1, 32] token numbers.
         placeholder_dtype: dtype of a made-up input: whole numbers if the model starts with an embedding.
         example_inputs: the inputs themselves; goes before the other two.
+        tracer: how to read the model: "jit" or "export".
 
     Attributes:
         static_graph: the traced :class:`Graph`.
@@ -105,6 +117,7 @@ class JitBasicSearcher:
         placeholder_dtype: torch.dtype | None = None,
         *,
         example_inputs: Any = None,
+        tracer: str = "jit",
     ) -> None:
         self.model = model
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -114,7 +127,7 @@ class JitBasicSearcher:
             example_inputs = (
                 _inputs_of(batch) if batch is not None else self._placeholder(placeholder_shape, placeholder_dtype)
             )
-        self.static_graph: Graph = trace(model, example_inputs)
+        self.static_graph: Graph = trace(model, example_inputs, tracer)
         self.flatten_static_graph: list[Node] = list(self.static_graph.nodes)
 
     def _placeholder(self, shape: Sequence[int] | None, dtype: torch.dtype | None) -> torch.Tensor:

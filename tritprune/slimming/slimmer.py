@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tritprune.errors import ConfigError
-from tritprune.slimming.account import Selections, changed_widths, created_and_folded
+from tritprune.slimming.account import Selections, changed_widths
 from tritprune.slimming.certificate import Certificate, certify
 from tritprune.slimming.check_inputs import derive_inputs
 from tritprune.slimming.comparison import largest_difference
@@ -92,7 +92,7 @@ def slim_model(
     inputs = ModelInputs.of(example_inputs)
     attempt = _Slimmer(model, inputs, trace(model, inputs, tracer), round_to).attempt()
     checks = [ModelInputs.of(given) for given in check_inputs] if check_inputs else derive_inputs(model, inputs)
-    created, folded = created_and_folded(model, attempt.slim, attempt.selections)
+    biases, given = attempt.units.weights.folded, attempt.units.weights.tensors
     return SlimResult(
         model=attempt.slim,
         cuts=cuts_of(attempt.units, attempt.places),
@@ -101,8 +101,8 @@ def slim_model(
         certificate=certify(model, attempt.slim, checks),
         widths=changed_widths(model, attempt.slim),
         selections=attempt.selections,
-        created=created,
-        folded=folded,
+        created=tuple(name for name, _ in attempt.slim.named_parameters() if name in biases and name not in given),
+        folded=tuple(name for name, _ in attempt.slim.named_parameters() if name in biases and name in given),
         parameters_before=sum(parameter.numel() for parameter in model.parameters()),
         parameters_after=sum(parameter.numel() for parameter in attempt.slim.parameters()),
     )

@@ -73,7 +73,7 @@ def _remade(name: str, weights: Weights, selections: Selections) -> Tensor:
         chosen = {} if rows is None else {0: rows}
     elif made.dtype != tensor.dtype:
         made = made.to(tensor.dtype)
-    return selected(made, chosen).contiguous().clone()
+    return selected(made, chosen).contiguous() if chosen else made.clone()
 
 
 def resize(module: nn.Module) -> None:

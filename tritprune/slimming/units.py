@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tritprune.slimming.forms import Array, components
+from tritprune.slimming.forms import Array, components, distinct
 from tritprune.slimming.nodes import Graph
 from tritprune.slimming.rules_elementwise import POINTWISE
 from tritprune.slimming.rules_norms import NORMS
@@ -55,14 +55,14 @@ class Units:
         self.family = self._families()
         self.pinned: dict[int, str] = {}
         for atoms, reason in self.walk.pins:
-            for unit in np.unique(self.unit[atoms]).tolist():
+            for unit in distinct(self.unit[atoms]).tolist():
                 self.pinned.setdefault(unit, reason)
 
     def take_away_all(self) -> None:
         """Take dead units away until no unit is dead but those that must stay."""
         while len(going := self._to_go(self.last_walk)):
             self._fold(self.last_walk, going)
-            self.weights.take_away(np.flatnonzero(np.isin(self.unit[: len(self.weights.gone)], going)))
+            self.weights.take_away(np.flatnonzero(self._those(going)[self.unit[: len(self.weights.gone)]]))
             self.last_walk = Walk(self.graph, self.weights, RULES, PASSING).run()
 
     def dead(self, walk: Walk | None = None) -> tuple[Array, dict[int, str]]:
@@ -76,14 +76,14 @@ class Units:
             read[units] = True
             fine, reason = self._can_do_without(readers)
             alive[units[~fine]] = True
-            for unit in np.unique(units[~fine]).tolist():
+            for unit in distinct(units[~fine]).tolist():
                 why.setdefault(unit, reason)
         dead = (read & ~alive)[self.unit]
         return dead, why
 
     def members(self, family: int) -> list[int]:
         """The units of a family."""
-        return np.unique(self.unit[self.family == family]).tolist()
+        return distinct(self.unit[self.family == family]).tolist()
 
     def reason(self, atom: int) -> str | None:
         """Why the unit of an atom must stay, dead or not; None if nothing holds it."""
@@ -136,8 +136,7 @@ class Units:
         """The units to take away now, one kept in each dimension that would lose its last."""
         size = len(self.weights.gone)
         dead, _ = self.dead(walk)
-        stay = np.isin(self.unit, np.fromiter((*self.pinned, *self.kept), np.int64))
-        stay |= np.isin(self.family, np.fromiter(self.forbidden, np.int64))
+        stay = self._those((*self.pinned, *self.kept))[self.unit] | self._those(tuple(self.forbidden))[self.family]
         going = dead & ~stay
         going[:size] &= ~self.weights.gone
         going = going[:size]
@@ -151,7 +150,13 @@ class Units:
                     going &= self.unit[:size] != last
                     changed = True
             if not changed and not (self.round_to > 1 and self._round(going)):
-                return np.unique(self.unit[:size][going])
+                return distinct(self.unit[:size][going])
+
+    def _those(self, numbers: Sequence[int] | Array) -> Array:
+        """Bool per atom: whether it is one of ``numbers``, units or families."""
+        chosen = np.zeros(self.weights.size, bool)
+        chosen[np.asarray(numbers, np.int64)] = True
+        return chosen
 
     def _touched(self, going: Array) -> Iterable[Array]:
         return [atoms for atoms in self.dims.values() if going[atoms].any()]
@@ -183,9 +188,10 @@ class Units:
 
     def _fold(self, walk: Walk, going: Array) -> None:
         """Put the constants of the units that go into the biases of what reads them."""
+        leaves = self._those(going)
         for readers in _by_weight(walk.readers):
             first = readers[0]
-            leaving = np.isin(self.unit[first.group.atoms], going) & ~self.weights.zeros(first.weight, first.dim)
+            leaving = leaves[self.unit[first.group.atoms]] & ~self.weights.zeros(first.weight, first.dim)
             leaving &= first.group.constant != 0
             if not leaving.any():
                 continue

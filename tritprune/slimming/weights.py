@@ -39,7 +39,7 @@ class Weights:
         self._own = self.size
         self.gone = np.zeros(self.size, bool)
         self._parameters = dict(self.model.named_parameters())
-        self._nonzero: dict[str, Tensor] = {}
+        self._nonzero: dict[str, Array] = {}
         self._zeros: dict[tuple[str, int], Array] = {}
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self.model.modules():
@@ -88,13 +88,10 @@ class Weights:
         key = (name, dim)
         if key not in self._zeros:
             if name not in self._nonzero:
-                self._nonzero[name] = self.tensors[name] != 0
+                self._nonzero[name] = (self.tensors[name] != 0).cpu().numpy().view(np.uint8)
             left = self._nonzero[name]
-            for other in range(left.dim()):
-                if other != dim and (gone := self.gone_of(name, other)).any():
-                    left = left.index_select(other, torch.from_numpy(np.flatnonzero(~gone)).to(left.device))
-            others = [other for other in range(left.dim()) if other != dim]
-            self._zeros[key] = ~(left.any(dim=others) if others else left).cpu().numpy()
+            others = tuple(other for other in range(left.ndim) if other != dim)
+            self._zeros[key] = np.bitwise_or.reduce(left, axis=others) == 0 if others else left == 0
         return self._zeros[key]
 
     def gone_of(self, name: str, dim: int) -> Array:
@@ -105,9 +102,12 @@ class Weights:
     def take_away(self, atoms: Array) -> None:
         """Mark atoms as gone; what is left of the parameters that they cross may be zero now."""
         self.gone[atoms] = True
-        for name in {name for name, dim in self.first if self.gone_of(name, dim).any()}:
-            for dim in range(self.tensors[name].dim()):
-                self._zeros.pop((name, dim), None)
+        for name, dim in self.first:
+            gone = self.gone_of(name, dim)
+            if gone.any() and name in self._nonzero:
+                np.moveaxis(self._nonzero[name], dim, 0)[gone] = 0
+                for other in range(self.tensors[name].dim()):
+                    self._zeros.pop((name, other), None)
 
     def bias_place(self, weight: str) -> str | None:
         """The name of the bias that can be made for a weight whose layer has none; None if it cannot."""
