@@ -148,7 +148,7 @@ class _Verification:
     def _modules(self) -> str:
         found = certify(self.models[PRUNED], self.models[SLIM], saved_inputs(self.folder))
         compared = sum(check.modules for check in found.checks)
-        return f"{compared} module outputs, largest difference {found.largest_in_modules:.1e}"
+        return f"{compared} module outputs within the tolerance, largest difference {found.largest_in_modules:.1e}"
 
 
 def _at(record: dict[str, Any], *keys: str) -> Any:
