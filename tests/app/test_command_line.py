@@ -67,7 +67,7 @@ def test_a_run_is_verified_in_a_fresh_process(smoke, tmp_path):
     done = tritprune(tmp_path, f"verify={copy}")
     assert done.returncode == 1
     said = " ".join(done.stdout.split())
-    assert "not verified: 1 of 5 checks do not hold; first: " in said
+    assert "not verified: 1 of 6 checks do not hold; first: " in said
     assert "model.safetensors is damaged: its SHA-256" in said
 
 

@@ -188,6 +188,26 @@ def test_llama_heads_are_evened_out_in_the_configuration():
     torch.testing.assert_close(even(**TOKENS).logits, model(**TOKENS).logits, rtol=0, atol=2e-6)
 
 
+def test_a_run_evens_out_and_proves_again(tmp_path):
+    from tritprune.slimming import check_saved, slim_model
+    from tritprune.training.driver import _evened
+
+    config = transformers.BertConfig(**SIZES)
+    model, _ = slim_of("BertForSequenceClassification", config, config)
+    with torch.no_grad():
+        for layer, dead in zip(model.bert.encoder.layer, (10, 4), strict=True):
+            layer.output.dense.weight[:, :dead] = 0
+    result = slim_model(model, TOKENS)
+    padded, told = _evened(model, result)
+    assert told == {"widths": {"intermediate_size": 36}, "parameters_put_back": 6 * (24 + 1 + 24)}
+    assert padded.parameters_after == result.parameters_after + told["parameters_put_back"]
+    assert padded.certificate.parameters[1] == padded.parameters_after
+    padded.certificate.save(tmp_path)
+    builder = {"kind": "transformers", "class": "BertForSequenceClassification"}
+    save_model(padded.model, tmp_path / "slim", builder=builder, widths=padded.widths)
+    assert check_saved(load_model(tmp_path / "slim"), tmp_path)
+
+
 WITHOUT_TRITPRUNE = """
 import sys, torch
 torch.set_num_threads(1)
@@ -235,4 +255,4 @@ def test_the_sentence_says_no_and_why(tmp_path):
     folder = save_model(copy.deepcopy(model), tmp_path / "slim", builder=builder, widths=widths)
     sentence = loads_with(folder)
     assert sentence.startswith("from_pretrained: no, because its layers have 2 different values of intermediate_size")
-    assert sentence.endswith("tritprune.load loads it")
+    assert sentence.endswith("BertConfig has one for all; uniform=true would pad them; tritprune.load loads it")

@@ -105,6 +105,15 @@ def test_exported_files_are_shown_with_their_difference(result: dict[str, Any]) 
     assert words.agreement({}) == "not compared"
 
 
+def test_what_even_widths_cost_is_said(result: dict[str, Any]) -> None:
+    assert words.evened_out(result) == ""
+    result["slim"] |= {"loads": "from_pretrained: yes", "uniform": {"widths": {"intermediate_size": 1485}}}
+    result["slim"]["uniform"]["parameters_put_back"] = 4490190
+    said = "evened out to intermediate_size 1485: 4,490,190 parameters put back"
+    assert words.evened_out(result) == said
+    assert f"from_pretrained: yes; {said}" in page(result, Curves(), Path("run"))
+
+
 def test_no_verdict_without_times(result: dict[str, Any]) -> None:
     del result["rows"][0]["latency"]["1"]
     assert words.pace(words.speed(result, "1")) == ""

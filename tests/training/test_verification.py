@@ -75,7 +75,8 @@ def test_a_weight_that_came_back_is_named(run):
     assert broken[0].detail.startswith("pruned/manifest.json was changed")
     sign(run, "pruned/manifest.json")
     _, broken = verdicts(run)
-    assert broken[0].detail == "'second' has 1 weights in pruned/ where its mask prunes"
+    assert broken[0].detail == "pruned/ has other weights than those that certificate.json certifies"
+    assert broken[1].detail == "'second' has 1 weights in pruned/ where its mask prunes"
 
 
 def test_a_slim_model_that_differs_is_named_by_its_first_module(run):
@@ -84,10 +85,11 @@ def test_a_slim_model_that_differs_is_named_by_its_first_module(run):
     sign(run, "slim/manifest.json")
     _, broken = verdicts(run)
     assert [finding.what for finding in broken] == [
+        "weights and counts: as certified",
         "slim/: the outputs of the certificate",
         "slim/ against pruned/, module by module",
     ]
-    assert "they differ first in module 'first'" in broken[1].detail or "module 'second'" in broken[1].detail
+    assert "they differ first in module 'first'" in broken[2].detail or "module 'second'" in broken[2].detail
 
 
 def test_other_masks_are_found(run):
@@ -125,10 +127,12 @@ def test_what_is_missing_is_named(gone, first, run):
 
 
 def test_other_counts_are_found(run):
-    record = json.loads((run / "slimming.json").read_text())
-    (run / "slimming.json").write_text(json.dumps({**record, "parameters_after": 1}))
+    record = json.loads((run / "certificate.json").read_text())
+    record["parameters"]["slim"] = 1
+    (run / "certificate.json").write_text(json.dumps(record))
     _, broken = verdicts(run)
-    assert [finding.what for finding in broken] == ["slim/: parameters as recorded"]
+    assert [finding.what for finding in broken] == ["weights and counts: as certified"]
+    assert broken[0].detail.endswith("parameters, certificate.json says 1")
 
 
 def test_what_is_no_finished_run_is_refused(run, tmp_path):

@@ -161,7 +161,8 @@ def loads_with(folder: str | os.PathLike[str]) -> str:
     because = str(manifest.get("from_pretrained_because", ""))
     if manifest.get("from_pretrained"):
         return f"from_pretrained: yes, {because}"
-    return f"from_pretrained: no, because {because}; tritprune.load loads it"
+    remedy = "; uniform=true would pad them" if because.startswith("its layers have") else ""
+    return f"from_pretrained: no, because {because}{remedy}; tritprune.load loads it"
 
 
 def load_model(

@@ -22,6 +22,7 @@ from tritprune.report.words import (
     decimal,
     difference,
     digits,
+    evened_out,
     latency,
     percent,
     sampling_note,
@@ -84,6 +85,8 @@ def console_epilogue(result: Result, run_folder: str | os.PathLike[str]) -> Rend
         lines.append(("model", "; ".join(filter(None, reload_snippet(folder / str(slim)).splitlines()))))
         if loads := part(result, "slim", "loads"):
             lines.append(("", str(loads)))
+        if evened := evened_out(result):
+            lines.append(("", evened))
     for made in items(result, "exports"):
         lines.append((str(made.get("kind")), f"{short_path(folder / str(made.get('path')))} ({agreement(made)})"))
     if command and status == "finished":

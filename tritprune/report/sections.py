@@ -28,6 +28,7 @@ from tritprune.report.words import (
     decimal,
     difference,
     digits,
+    evened_out,
     latency,
     pace,
     percent,
@@ -240,13 +241,17 @@ def slimming(result: Result) -> Html | None:
         return None
     parts = [
         tag("h2", "Slimming"),
-        _certificate(part(slim, "certificate"), part(slim, "loads"), items(result, "exports")),
+        _certificate(
+            part(slim, "certificate"),
+            "; ".join(filter(None, (str(part(slim, "loads") or ""), evened_out(result)))),
+            items(result, "exports"),
+        ),
     ]
     parts.append(tag("div", _cuts(slim), _refused(slim), class_="two block"))
     return join(parts)
 
 
-def _certificate(certificate: Any, loads: Any, exports: list[Mapping[str, Any]]) -> Html | None:
+def _certificate(certificate: Any, loads: str, exports: list[Mapping[str, Any]]) -> Html | None:
     if not isinstance(certificate, Mapping):
         return None
     holds = bool(certificate.get("holds"))

@@ -154,6 +154,18 @@ def agreement(made: Mapping[str, Any]) -> str:
     return f"{said} on {digits(made.get('inputs'))} inputs"
 
 
+def evened_out(result: Result) -> str:
+    """What padding to the same widths put back: "evened out to intermediate_size 1485: 4,490,190 parameters back"."""
+    widths, back = (
+        part(result, "slim", "uniform", "widths"),
+        number(part(result, "slim", "uniform", "parameters_put_back")),
+    )
+    if not isinstance(widths, Mapping) or back is None:
+        return ""
+    said = ", ".join(f"{name} {digits(value).replace(',', '')}" for name, value in widths.items())
+    return f"evened out{' to ' + said if said else ''}: {digits(back)} parameters put back"
+
+
 def pace(rate: tuple[float, str] | None) -> str:
     """What :func:`speed` found, as a verdict: "1.36x faster", "slower here: 0.90x", "no faster here: 1.01x"."""
     if rate is None:

@@ -1,7 +1,14 @@
 """Slimming: cut what a mask left dead out of a model, and prove that the outputs stay the same."""
 
 from tritprune.slimming.auto_slim import AutoSlimConfig, model_slim, parse_auto_slim_config
-from tritprune.slimming.certificate import Certificate, certify, check_saved, saved_inputs
+from tritprune.slimming.certificate import (
+    Certificate,
+    certify,
+    check_saved,
+    count_parameters,
+    saved_inputs,
+    state_sha256,
+)
 from tritprune.slimming.keras_head import ClassifierHeadSearcherTF
 from tritprune.slimming.latency import Latency, measure, measure_together
 from tritprune.slimming.leftovers import Refusal
@@ -34,6 +41,7 @@ __all__ = [
     "SlimResult",
     "certify",
     "check_saved",
+    "count_parameters",
     "get_attributes",
     "get_common_module",
     "measure",
@@ -45,5 +53,6 @@ __all__ = [
     "slim",
     "slim_model",
     "slim_optimizer",
+    "state_sha256",
     "survey",
 ]

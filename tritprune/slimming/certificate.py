@@ -48,6 +48,8 @@ class Certificate:
         max_abs_difference: the largest absolute difference of any output on any input.
         inputs_sha256: hash of all inputs.
         outputs_sha256: hash of the slim model's outputs on all inputs.
+        parameters: number of parameters of the masked and of the slim model.
+        models_sha256: hash of the state of the masked and of the slim model; see :func:`state_sha256`.
         checks: one entry for each input.
         given: the inputs.
         outputs: the slim model's outputs on each of them.
@@ -57,6 +59,8 @@ class Certificate:
     max_abs_difference: float
     inputs_sha256: str
     outputs_sha256: str
+    parameters: tuple[int, int]
+    models_sha256: tuple[str, str]
     checks: list[Check]
     given: list[ModelInputs] = field(repr=False)
     outputs: list[dict[str, Tensor]] = field(repr=False)
@@ -71,6 +75,8 @@ class Certificate:
             "rule": RULE,
             "inputs": len(self.checks),
             "modules_compared": sum(check.modules for check in self.checks),
+            "parameters": {"masked": self.parameters[0], "slim": self.parameters[1]},
+            "models_sha256": {"masked": self.models_sha256[0], "slim": self.models_sha256[1]},
             "inputs_sha256": self.inputs_sha256,
             "outputs_sha256": self.outputs_sha256,
         }
@@ -143,10 +149,22 @@ def certify(model: nn.Module, slim: nn.Module, checks: Sequence[ModelInputs]) ->
         max_abs_difference=max(d.largest for check in done for d in check.outputs.values()),
         inputs_sha256=sha256({f"{i}/{n}": t for i, given in enumerate(checks) for n, t in given.tensors().items()}),
         outputs_sha256=sha256({f"{i}/{n}": t for i, made in enumerate(outputs) for n, t in made.items()}),
+        parameters=(count_parameters(model), count_parameters(slim)),
+        models_sha256=(state_sha256(model), state_sha256(slim)),
         checks=done,
         given=list(checks),
         outputs=outputs,
     )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of all parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def state_sha256(model: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of a model's parameters and persistent buffers."""
+    return sha256({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
 
 
 def check_saved(model: nn.Module, folder: str | Path) -> bool:

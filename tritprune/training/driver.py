@@ -187,7 +187,7 @@ class Driver:
             return load_model(run.folder / SLIM)
         model = pruned.cpu().eval()
         result = slim_model(model, task.model_inputs(task.example_inputs(2)), tracer=self.plan.tracer or "jit")
-        evened: dict[str, int] | None = None
+        evened: dict[str, Any] | None = None
         if self.plan.uniform:
             result, evened = _evened(model, result)
         save_model(result.model, run.folder / SLIM, builder=task.builder(), widths=result.widths)
@@ -381,16 +381,18 @@ def _pruning_record(pruner: Pruner, metrics: dict[str, float]) -> dict[str, Any]
     }
 
 
-def _evened(masked: nn.Module, result: SlimResult) -> tuple[SlimResult, dict[str, int]]:
-    """The slim model with its layers padded to the same widths, proved again."""
+def _evened(masked: nn.Module, result: SlimResult) -> tuple[SlimResult, dict[str, Any]]:
+    """The slim model with its layers padded to the same widths, proved again; the widths and what they cost."""
     even, said = even_widths(result.model, type(result.model))
-    return replace(
+    parameters = sum(parameter.numel() for parameter in even.parameters())
+    padded = replace(
         result,
         model=even,
         widths={"layers": {}, "attributes": {}},
         certificate=certify(masked, even, result.certificate.given),
-        parameters_after=sum(parameter.numel() for parameter in even.parameters()),
-    ), said
+        parameters_after=parameters,
+    )
+    return padded, {"widths": said, "parameters_put_back": parameters - result.parameters_after}
 
 
 def _slimming_record(result: SlimResult) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from tritprune.errors import CertificateError, CheckpointError, TritpruneError
 from tritprune.export import load_model
 from tritprune.pruners import MaskSet
-from tritprune.slimming import certify, check_saved, saved_inputs
+from tritprune.slimming import certify, check_saved, count_parameters, saved_inputs, state_sha256
 from tritprune.training.driver import MASKS, PRUNED, PRUNING, SLIM, SLIMMING
 
 CERTIFICATE = "certificate.json"
@@ -66,6 +66,8 @@ class _Verification:
             yield self._held("files: SHA-256 as recorded", self._files)
         for name in (PRUNED, *([SLIM] if slimmed else [])):
             yield self._held(f"{name}/: hashes, and the model loads", lambda name=name: self._loads(name))
+        if slimmed and self.models:
+            yield self._held("weights and counts: as certified", self._states)
         if PRUNED in self.models:
             yield self._held("masks: as recorded, and pruned/ is zero there", lambda: self._masks(pruning))
         if not slimmed:
@@ -73,7 +75,6 @@ class _Verification:
             return
         if SLIM in self.models:
             yield self._held("slim/: the outputs of the certificate", lambda: self._outputs(SLIM))
-            yield self._held("slim/: parameters as recorded", self._counts)
         if PRUNED in self.models:
             yield self._held("pruned/: the outputs of the certificate", lambda: self._outputs(PRUNED))
         if len(self.models) == 2:
@@ -109,7 +110,7 @@ class _Verification:
 
     def _loads(self, name: str) -> str:
         self.models[name] = load_model(self.folder / name, plugins=self.plugins)
-        return f"{sum(p.numel() for p in self.models[name].parameters()):,} parameters"
+        return type(self.models[name]).__name__
 
     def _masks(self, pruning: dict[str, Any]) -> str:
         masks, model = MaskSet.load(self.folder / MASKS), self.models[PRUNED]
@@ -132,14 +133,27 @@ class _Verification:
             raise CertificateError(f"{name}/ does not give the outputs that {CERTIFICATE} certifies")
         return f"{cases} inputs, every output within the tolerance"
 
-    def _counts(self) -> str:
-        recorded = self._read(SLIMMING).get("parameters_after")
-        found = sum(parameter.numel() for parameter in self.models[SLIM].parameters())
-        if found != recorded:
-            raise CheckpointError(f"slim/ has {found:,} parameters, {SLIMMING} says {recorded}")
-        return f"{found:,}"
+    def _states(self) -> str:
+        certificate, said = self._read(CERTIFICATE), list[str]()
+        for name, model in self.models.items():
+            key, found = {PRUNED: "masked", SLIM: "slim"}[name], count_parameters(model)
+            recorded = _at(certificate, "parameters", key)
+            if found != recorded:
+                raise CheckpointError(f"{name}/ has {found:,} parameters, {CERTIFICATE} says {recorded}")
+            if state_sha256(model) != _at(certificate, "models_sha256", key):
+                raise CheckpointError(f"{name}/ has other weights than those that {CERTIFICATE} certifies")
+            said.append(f"{name} {found:,}")
+        return f"parameters: {', '.join(said)}"
 
     def _modules(self) -> str:
         found = certify(self.models[PRUNED], self.models[SLIM], saved_inputs(self.folder))
         compared = sum(check.modules for check in found.checks)
-        return f"{compared} module outputs, largest difference {found.largest_in_modules:.1e}"
+        return f"{compared} module outputs within the tolerance, largest difference {found.largest_in_modules:.1e}"
+
+
+def _at(record: dict[str, Any], *keys: str) -> Any:
+    """The value under nested keys; None where there is none."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
