@@ -208,11 +208,11 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write what is measured to gates.json")
     options = parser.parse_args()
     versions = list(VERSIONS) if options.update or not options.versions else options.versions
-    record = load()
     measured: dict[str, Measured] = {}
     for version in versions:
         print(f"{version} Triton {VERSIONS[version] or ''}: {', '.join(TARGETS[version])}", file=sys.stderr, flush=True)
         measured[version] = measure(*TARGETS[version], version=version)
+    record = load()
     if options.update:
         record, changes = update(record, measured)
         save(record)
