@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tritprune.slimming.elementwise import is_identity
+from tritprune.slimming.elementwise import is_elementwise, is_identity
 from tritprune.slimming.linears import Linears
 from tritprune.slimming.nodes import Graph, Node, Value
 
 PRODUCTS = ("matmul", "bmm", "baddbmm")
-MASKINGS = ("mul", "div", "add", "sub", "masked_fill", "where", "view", "reshape", "maximum", "max")
+MASKINGS = ("masked_fill", "where", "max")
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,18 @@ def _explicit_core(product: Node, graph: Graph) -> _Core | None:
     while node is not None and node.kind not in PRODUCTS:
         if node.kind.endswith("softmax") and node.argument(1) in (-1, node.output.rank - 1):
             normalised = True
-        elif not (
-            is_identity(node) or node.kind in ("to", "view", "reshape") or (normalised and node.kind in MASKINGS)
-        ):
+        elif not (is_identity(node) or node.kind in ("to", "view", "reshape") or (normalised and _masks(node))):
             return None
         node = graph.producer(node.inputs[0])
     if node is None or not normalised or node.output.rank < 3:
         return None
     query, key = node.inputs[1:3] if node.kind == "baddbmm" else node.inputs[:2]
     return _Core(query, key, product.inputs[1], product.output)
+
+
+def _masks(node: Node) -> bool:
+    """Whether ``node`` treats each score alone."""
+    return node.kind in MASKINGS or is_elementwise(node)
 
 
 def _block(core: _Core, linears: Linears) -> Attention:
