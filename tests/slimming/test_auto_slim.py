@@ -40,6 +40,26 @@ def test_groups_of_bert_are_those_of_the_hand_written_experiment(make_bert, toke
     assert len(auto) == 10
 
 
+SIZES = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layers"),
+    [
+        ("Llama", {"num_key_value_heads": 2, "intermediate_size": 40}, 10),  # a unit is a group of two heads
+        ("GPT2", {}, 6),  # Conv1D, query, key and value in one
+    ],
+)
+def test_grouped_and_fused_attentions(name, settings, layers, tokens):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(**SIZES, **settings)
+    model = getattr(transformers, f"{name}Model")(config)
+    groups = parse_auto_slim_config(model, ffn2_sparsity=0.5, mha_sparsity=0.5, example_inputs=tokens)
+    assert groups.refused == []
+    pruner = tritprune.Pruner(model, end_step=1, groups=groups)
+    assert len(pruner.layers) == layers
+
+
 def test_the_whole_road_without_a_layer_name(make_bert, tokens):
     model = make_bert()
     groups = parse_auto_slim_config(model, [tokens | {"labels": 0}], 0.5, 0.25, scope="local")
