@@ -75,11 +75,6 @@ UNCOMPUTED = (
 """Operations element by element whose constants are not followed."""
 
 
-def base_kind(node: Node) -> str:
-    """The operation's name without the underscore of its in-place form: "relu_" -> "relu"."""
-    return node.kind
-
-
 def is_identity(node: Node) -> bool:
     """Whether ``node`` hands on its first argument as it is: dropout in evaluation, a copy, a cast to itself."""
     if node.kind.endswith("dropout"):
