@@ -165,6 +165,7 @@ MISTAKES = [
     ([*SMOKE, "slimmer=auto", "pruner.groups=[{name: a}]"], ["slimmer=auto derives the groups from the graph"]),
     ([*SMOKE, "slimmer=auto", "slimmer.auto.mha_sparsity=1"], ["mha_sparsity is a share in [0, 1), got 1"]),
     ([*SMOKE, "slimmer.uniform=true"], ["slimmer.uniform=true is for models of transformers"]),
+    ([*SMOKE, "slimmer.round_to=0"], ["slimmer.round_to is a whole number from 1 on, got 0"]),
     (["verify=nowhere"], ["verify=nowhere: no run is there"]),
     (["experiment=bert_4x2"], ["bert_4x1", "bert_slim"]),
     ([*SMOKE, "criterion=snipp"], ["snip", "magnitude"]),

@@ -124,6 +124,7 @@ class Attempt:
             control=config["control"],
             tracer=config["slimmer"]["tracer"],
             init_from=Path(config["init_from"]) if config["init_from"] else None,
+            round_to=_whole_number("slimmer.round_to", config["slimmer"].get("round_to", 1)),
             uniform=bool(config["slimmer"].get("uniform", False)),
             exports=tuple(config["slimmer"].get("export") or ()),
         )
@@ -275,6 +276,12 @@ def _import_plugin(name: str) -> None:
         raise ConfigError(
             f"plugins: cannot import '{name}' ({error}); it must be importable from here or installed"
         ) from error
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} is a whole number from 1 on, got {value!r}")
+    return value
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:

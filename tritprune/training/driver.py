@@ -42,6 +42,7 @@ class Plan:
         tracer: how the slimmer reads the model; None leaves out the slimming.
         init_from: folder of a saved model that takes the place of the fine-tuned dense one.
         exports: further files to make of the slim model: ``onnx``, ``torch_export``.
+        round_to: widths that are cut stay multiples of this number.
         uniform: pad the slim model's layers to the same widths, so that ``from_pretrained`` loads it.
     """
 
@@ -51,6 +52,7 @@ class Plan:
     control: str | None = None
     tracer: str | None = "jit"
     init_from: Path | None = None
+    round_to: int = 1
     uniform: bool = False
     exports: tuple[str, ...] = ()
 
@@ -186,7 +188,8 @@ class Driver:
         if (run.folder / SLIMMING).exists():
             return load_model(run.folder / SLIM)
         model = pruned.cpu().eval()
-        result = slim_model(model, task.model_inputs(task.example_inputs(2)), tracer=self.plan.tracer or "jit")
+        example = task.model_inputs(task.example_inputs(2))
+        result = slim_model(model, example, tracer=self.plan.tracer or "jit", round_to=self.plan.round_to)
         evened: dict[str, Any] | None = None
         if self.plan.uniform:
             result, evened = _evened(model, result)
