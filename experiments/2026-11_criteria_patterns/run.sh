@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All runs of this study, one thread: run.sh, or one part: run.sh patterns, run.sh variants.
+# All runs of this study, one thread: run.sh, or some parts: run.sh patterns variants pydocs.
 # Results land in outputs/criteria; what is finished there is not run again. Then the table and the figure are made.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -32,6 +32,12 @@ variants() { # 27 runs
   sweep digits_scope_16x16 "${short[@]}" pattern=16x16 pruner.scope=local
 }
 
-if [ $# -eq 0 ]; then set -- patterns variants; fi
+pydocs() { # a small version of the task: 3 dense models and 6 runs in 3 core-minutes
+  local small=(task.classes=12 task.max_length=16 training.batch_size=8 training.dense.steps=120)
+  sweep pydocs_16x16 experiment=bert_4x1 "${small[@]}" training.prune.steps=60 pruner.frequency=3 \
+    pattern=16x16 pruner.target_sparsity=0.8 seed=0,1,2 criterion=snip_momentum,snip_momentum_block
+}
+
+if [ $# -eq 0 ]; then set -- patterns variants pydocs; fi
 for part in "$@"; do "$part"; done
 "$python" experiments/2026-11_criteria_patterns/analyse.py outputs/criteria

@@ -27,5 +27,7 @@ done
 for system in plain neural_compressor tritprune tritprune_torch; do
   compare memory --task pydocs --pattern 4x1 --systems $system
 done
-for system in neural_compressor tritprune; do compare memory --task pydocs --pattern 2:4 --systems $system; done
+for system in neural_compressor tritprune tritprune_torch; do
+  compare memory --task pydocs --pattern 2:4 --systems $system
+done
 "$python" experiments/2026-11_neural_compressor/analyse.py outputs/neural_compressor
