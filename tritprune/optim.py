@@ -112,9 +112,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """Step number ``number`` of parameters on one device."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Masks are the pruner's: a copy begins without."""
+        """Masks are the pruner's: a copy begins without, an optimizer that takes up a state keeps its own."""
         super().__setstate__(state)
-        self._masks = {}
+        self.__dict__.setdefault("_masks", {})
 
     def _two_dimensional(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of the parameters' shapes as ``[R, C]``, by the mask's view or as one row."""
