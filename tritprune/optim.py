@@ -49,8 +49,12 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._masks: dict[Tensor, WeightMask] = {}
         super().__init__(params, defaults)
 
-    def use_masks(self, masks: Mapping[Tensor, WeightMask]) -> None:
-        """Masks for the steps from now on, in place of all before.
+    def use_masks(self, masks: Mapping[Tensor, WeightMask], *, instead_of: Iterable[Tensor] | None = None) -> None:
+        """Masks for the steps from now on.
+
+        Args:
+            masks: by parameter.
+            instead_of: the parameters whose masks before are forgotten; None: all.
 
         Raises:
             ConfigError: a parameter whose two-dimensional form would be a copy.
@@ -58,7 +62,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         for parameter, mask in masks.items():
             if mask.to_2d(parameter.detach()).data_ptr() != parameter.data_ptr():
                 raise ConfigError(f"a weight of shape {list(parameter.shape)} has no two-dimensional view to step on")
-        self._masks = dict(masks)
+        forgotten = set(self._masks if instead_of is None else instead_of)
+        self._masks = {weight: mask for weight, mask in self._masks.items() if weight not in forgotten} | dict(masks)
 
     def masks_of(self, parameter: Tensor) -> WeightMask | None:
         """The mask that the next step ends with."""
@@ -68,7 +73,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """As in torch.
 
         Raises:
-            ConfigError: a parameter that is not fp32.
+            ConfigError: a parameter that is not fp32, or has gaps in memory.
         """
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -77,14 +82,24 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                     f"{type(self).__name__} steps on float32 weights, got {str(parameter.dtype).removeprefix('torch.')}"
                     f" {list(parameter.shape)}; torch.optim takes other types"
                 )
+            if _any_2d(parameter.detach(), parameter).data_ptr() != parameter.data_ptr():
+                raise ConfigError(
+                    f"{type(self).__name__} steps in place, and a parameter of shape {list(parameter.shape)} has gaps "
+                    "in memory; make it contiguous"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient, then the masks.
 
         Raises:
-            ConfigError: a sparse gradient.
+            ConfigError: a sparse gradient, or a CUDA graph that is being captured.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ConfigError(
+                f"{type(self).__name__}.step() cannot be captured in a CUDA graph: learning rate and step number are "
+                "arguments of its kernels, and every replay would repeat those of this step"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,8 +128,13 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Masks are the pruner's: a copy begins without, an optimizer that takes up a state keeps its own."""
+        for group in state.get("param_groups", ()):
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise ConfigError(f"{type(self).__name__} has no {name}, which the state to load was made with")
         super().__setstate__(state)
-        self.__dict__.setdefault("_masks", {})
+        if "_masks" not in vars(self):
+            self._masks = {}
 
     def _two_dimensional(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of the parameters' shapes as ``[R, C]``, by the mask's view or as one row."""
@@ -167,6 +187,8 @@ class MaskedAdamW(MaskedOptimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
+        elif state["step"].device.type != "cpu":  # of a fused or capturable optimizer: read once, then kept here
+            state["step"] = state["step"].cpu()
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = _like(parameter, state.get(name))
         state["step"] += 1

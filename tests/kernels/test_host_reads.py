@@ -25,7 +25,10 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.dispatched += 1
         name = func.name().partition("::")[2].partition(".")[0]
-        if name.startswith(READS):
+        indices = args[1] if name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple) else ()
+        by_mask = any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name.startswith(READS) or by_mask or unsized:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -38,6 +41,8 @@ def counted(monkeypatch):
         patch.setattr(multi_tensor, "launch", lambda kernel, *_, **__: launches.append(kernel))
         patch.setattr(dispatch, "_choose", lambda op, device: "triton")
         with Reads() as reads:
+            tolist = torch.Tensor.tolist  # it is not dispatched
+            patch.setattr(torch.Tensor, "tolist", lambda tensor: (reads.found.append("tolist"), tolist(tensor))[1])
             yield reads, launches
 
 
@@ -46,7 +51,15 @@ def test_a_read_is_seen():
         torch.ones(3).sum().item()
         torch.ones(3).nonzero()
         bool(torch.ones(()) > 0)
-    assert reads.found == ["_local_scalar_dense", "nonzero", "_local_scalar_dense"]
+        torch.ones(3)[torch.tensor([True, False, True])]
+        torch.arange(2).repeat_interleave(torch.tensor([1, 2]))
+    assert reads.found == ["_local_scalar_dense", "nonzero", "_local_scalar_dense", "index", "repeat_interleave"]
+
+
+def test_a_list_of_numbers_is_a_read(monkeypatch):
+    with counted(monkeypatch) as (reads, _):
+        torch.ones(2).tolist()
+    assert reads.found == ["tolist"]
 
 
 @pytest.mark.parametrize("op", sorted({case.op for case in cases.all_cases()}))

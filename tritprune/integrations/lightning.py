@@ -93,6 +93,11 @@ class LightningPruning(*_callback_classes()):
             raise ConfigError(f"LightningPruning does not work with {strategy}, which shards the weights")
         total, per_epoch, total_is = self._lengths(trainer, pl_module)
         self.pruner = self._late.make(pl_module, total_steps=total, steps_per_epoch=per_epoch, total_is=total_is)
+        if self.pruner.calibrating and trainer.gradient_clip_val:
+            raise ConfigError(
+                "pruner 'retrain_free' calibrates on the gradients of the first steps, which Lightning clips: set "
+                "gradient_clip_val=None, or call pruner.calibrate(...) before training"
+            )
         if self._waiting is not None:
             self.pruner.load_state_dict(self._waiting)
         self.pruner.attach(trainer.optimizers)

@@ -92,6 +92,11 @@ class TransformersPruning(TrainerCallback):
             steps_per_epoch=_steps_per_epoch(args, train_dataloader),
             total_is="the Trainer's max_steps",
         )
+        if self.pruner.calibrating and args.max_grad_norm:
+            raise ConfigError(
+                "pruner 'retrain_free' calibrates on the gradients of the first steps, which the Trainer clips: set "
+                "max_grad_norm=0, or call pruner.calibrate(...) before training"
+            )
         if state.global_step:
             self._restore(args, state)
         self.pruner.attach(optimizer)

@@ -152,6 +152,8 @@ def _score_cases() -> Iterator[Case]:
     yield _scores("zeros", UGLY, (4, 1), values="zero")
     yield _scores("denormal", UGLY, (4, 1), values="denormal")
     yield _scores("denormal magnitude", UGLY, (4, 1), values="denormal", form="magnitude", reduce="max")
+    yield _scores("denormal mean", UGLY, (4, 1), values="denormal", form="magnitude", alpha=0.0)
+    yield _scores("denormal squares", UGLY, (4, 1), values="tiny", form="magnitude", reduce="l2", alpha=0.0)
     yield _scores("non-finite gradients", UGLY, (4, 1), values="non-finite")
     yield _scores("non-finite gradients, max", UGLY, (4, 1), values="non-finite", reduce="max")
     yield _scores("non-finite gradients, large", UGLY, (5, 7), values="non-finite", exact=False)
@@ -541,6 +543,7 @@ def _values(generator: torch.Generator, shape: Shape, kind: str) -> Tensor:
         "signed ties": lambda: (normal * 2).round(),
         "signed zeros": lambda: torch.where(some < 0.5, -0.0, 0.0),
         "denormal": lambda: normal * 1e-39,
+        "tiny": lambda: normal * 1e-20,
         "overflow": lambda: normal * 1e19,
         "non-finite": lambda: (
             normal.masked_fill(some < 0.06, math.inf)

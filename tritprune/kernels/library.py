@@ -13,8 +13,11 @@ from torch import Tensor
 
 from tritprune.kernels.reference import Block, Finish, Form, Reduce
 
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+"""Tables that are cached between calls must not come from the pool of a graph that inductor records."""
 
-@torch.library.custom_op("tritprune::accumulate_unit_scores_", mutates_args=("scores", "skipped"))
+
+@torch.library.custom_op("tritprune::accumulate_unit_scores_", mutates_args=("scores", "skipped"), tags=_TAGS)
 def _accumulate(
     scores: list[Tensor],
     skipped: Tensor,
@@ -34,7 +37,7 @@ def _accumulate(
     )
 
 
-@torch.library.custom_op("tritprune::apply_masks_", mutates_args=("tensors",))
+@torch.library.custom_op("tritprune::apply_masks_", mutates_args=("tensors",), tags=_TAGS)
 def _apply(tensors: list[Tensor], masks: list[Tensor], blocks: list[int]) -> None:
     import_module("tritprune.kernels").apply_masks_(tensors, masks, _pairs(blocks))
 

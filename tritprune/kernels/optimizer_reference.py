@@ -60,7 +60,7 @@ def masked_adamw_(
         w.mul_(1 - lr * weight_decay)
         m.add_((g - m).mul_(1 - beta1))
         v.mul_(beta2).add_((g * (1 - beta2)).mul_(g))
-        denominator = v.double().sqrt_().float().div_(root).add_(eps)  # rounded as IEEE 754 asks
+        denominator = v.double().sqrt_().float().div_(torch.full_like(v, root)).add_(eps)  # rounded as IEEE 754 asks
         w.add_((m * size).div_(denominator))
         if mask is not None:
             gone = _gone(mask, w, block)

@@ -17,8 +17,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     """Bits of a bool tensor of any shape: uint8 ``[ceil(n / 8)]`` on its device."""
     bits = torch.zeros(8 * packed_length(mask.numel()), dtype=torch.uint8, device=mask.device)
     bits[: mask.numel()] = mask.reshape(-1)
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
-    return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)  # made there: nothing is sent
+    return (bits.view(-1, 8) << places).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:

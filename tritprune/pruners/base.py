@@ -245,7 +245,7 @@ class Pruner(SpecNames):
             handle.remove()
         self._handles = []
         if isinstance(self._optimizer, MaskedOptimizer):
-            self._optimizer.use_masks({})
+            self._optimizer.use_masks({}, instead_of=[view.parameter for view in self._views])
         self._stepped_on = {}
         self._optimizer = None
         release(self, self._views)
@@ -440,9 +440,15 @@ class Pruner(SpecNames):
     def _hand_over_masks(self, optimizer: MaskedOptimizer) -> None:
         """Let the optimizer end its step with the masks in force; note for which groups that is all there is to do."""
         masks = {group.name: group.step_masks() for group in self._groups}
-        optimizer.use_masks({weight: mask for own in masks.values() for weight, mask in own.items()})
+        optimizer.use_masks(
+            {weight: mask for own in masks.values() for weight, mask in own.items()},
+            instead_of=[view.parameter for view in self._views],
+        )
+        stepped = {p for held in optimizer.param_groups for p in held["params"] if p.grad is not None}
         self._stepped_on = {
-            group.name: group.masks for group in self._groups if len(masks[group.name]) == len(group.views)
+            group.name: group.masks
+            for group in self._groups
+            if len(masks[group.name]) == len(group.views) and stepped.issuperset(masks[group.name])
         }
 
     def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:

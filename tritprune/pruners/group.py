@@ -1,7 +1,7 @@
 """One layer group while it is pruned: its scores, its masks, and what a mask update would be."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,11 +245,20 @@ class LayerGroup:
             if view.to_2d(view.parameter.detach()).data_ptr() == view.parameter.data_ptr()
         }
 
-    def reset_state_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zero the optimizer's state (momentum) of what is pruned, in place."""
-        if not (self.prunes and self.settings.reset_state):
+    def skipped(self) -> int:
+        """Gradient elements left out of scores since the last update because they were not finite."""
+        return int(self._skipped)
+
+    def reset_state_(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masks: Sequence[Tensor] | None = None,
+        blocks: Sequence[Block] | None = None,
+    ) -> None:
+        """Zero the optimizer's state (momentum) of what is pruned, or of what other masks prune, in place."""
+        if not ((self.prunes or masks) and self.settings.reset_state):
             return
-        for view, mask, block in zip(self.views, self.flat_masks, self.blocks, strict=True):
+        for view, mask, block in zip(self.views, masks or self.flat_masks, blocks or self.blocks, strict=True):
             weight = view.parameter
             state = optimizer.state.get(weight, {}).values()
             tensors = [t for t in state if isinstance(t, Tensor) and t.shape == weight.shape and t.is_floating_point()]

@@ -127,13 +127,16 @@ class Watch:
             if found.any():
                 self._refuse(found.tolist(), step)
             return
-        if self._read is not None and (self._arrived is None or self._arrived.query()):
+        arrived = self._arrived is None or self._arrived.query()
+        if self._read is not None and arrived:
             self._tell(self._read)
         if self._seen is None or self._seen.device != found.device:
             self._seen = torch.stack([torch.zeros_like(found), torch.full_like(found, -1)])
         counts, since = self._seen
         since = torch.where((counts == 0) & (found > 0), step, since)
         self._seen = torch.stack([torch.maximum(counts, found), since])
+        if not arrived:  # a copy that is on its way is read before the next one sets out
+            return
         self._read = torch.empty(self._seen.shape, dtype=torch.int64, pin_memory=found.is_cuda)
         self._read.copy_(self._seen, non_blocking=True)
         if found.is_cuda:

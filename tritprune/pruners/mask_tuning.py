@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tritprune.errors import ConfigError
-from tritprune.patterns import Site, WeightView
+from tritprune.patterns import Site, WeightView, plain_modules
 
 DAMPING = 1e-3
 """Over the mean of A's diagonal."""
@@ -79,7 +79,7 @@ def tune_(
     by_name = {layer.view.name: layer for layer in layers}
     for name in _in_order(dense, list(by_name), batches[0], forward):
         layer = by_name[name]
-        weight = layer.view.to_2d(dense.get_submodule(name).get_parameter("weight")).double()  # [R, C]
+        weight = layer.view.to_2d(_layer(dense, name).get_parameter("weight")).double()  # [R, C]
         products = weight.t() @ weight
         own, cross, total = torch.zeros_like(products), torch.zeros_like(products), 0.0
         for batch in batches:
@@ -131,10 +131,15 @@ def _inputs(model: nn.Module, name: str, batch: Any, forward: Callable[[nn.Modul
     return torch.cat(seen)
 
 
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer with this name in the plain model, whatever is wrapped around it."""
+    return dict(plain_modules(model, remove_duplicate=False))[name]
+
+
 @contextmanager
 def _watching(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     def watch(name: str) -> Any:
-        return model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: see(name, inputs[0].detach()))
+        return _layer(model, name).register_forward_pre_hook(lambda _, inputs: see(name, inputs[0].detach()))
 
     handles = [watch(name) for name in names]
     try:

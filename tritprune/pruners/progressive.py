@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritprune.errors import ConfigError
+from tritprune.errors import ConfigError, MaskMismatchError
 from tritprune.kernels import UnitGrid
 from tritprune.pruners.base import Pruner, register_pruner
 from tritprune.pruners.group import LayerGroup, Proposal
@@ -75,6 +75,10 @@ class ProgressivePruner(Pruner):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
+        if set(state.get("fades", ())) != set(self._fades):
+            raise MaskMismatchError(
+                "the pruner's state does not fit: it is not of a progressive pruner of these groups"
+            )
         for fade in self._fades.values():
             fade.forget()
         super().load_state_dict(state)
@@ -90,7 +94,7 @@ class ProgressivePruner(Pruner):
     def _choose(self, due: list[LayerGroup]) -> Update:
         """Whole masks: those chosen at the update before, or of now at the first; then those of the next update."""
         fades = [self._fades[group.name] for group in due]
-        ready = [fade.chosen or read_proposals([fade.group], [self.step], self.step)[0] for fade in fades]
+        ready = [fade.now() or read_proposals([fade.group], [self.step], self.step)[0] for fade in fades]
         upcoming = [(fade, step) for fade in fades if (step := fade.group.times.next(self.step)) is not None]
         for fade in fades:
             fade.forget()
@@ -107,6 +111,8 @@ class ProgressivePruner(Pruner):
         super()._apply(optimizer)
         for fade in self._fades.values():
             fade.apply_()
+            if optimizer is not None:
+                fade.reset_state_(optimizer)
         if advanced:
             self._tell(self._partial_event())
 
@@ -162,6 +168,10 @@ class _Fade:
         self._elements = zeros - sum(count.zeros for count in self.group.count().values())
         self.partial = []
 
+    def now(self) -> Read | None:
+        """What was chosen, with the gradient elements that were skipped since."""
+        return None if self.chosen is None else (self.chosen[0], [*self.chosen[1][:-1], self.group.skipped()])
+
     def advance(self, step: int) -> bool:
         """Prune the share of elements that is due at ``step``; whether there was one."""
         if self.chosen is None or step >= self._last:
@@ -188,6 +198,11 @@ class _Fade:
         if self.partial:
             self.partial = [mask.to(self.group.device) for mask in self.partial]
             apply_to_weights_(self.group.views, self.partial, [(1, 1)] * len(self.partial))
+
+    def reset_state_(self, optimizer: torch.optim.Optimizer) -> None:
+        """As :meth:`LayerGroup.reset_state_`, for what has faded."""
+        if self.partial:
+            self.group.reset_state_(optimizer, self.partial, [(1, 1)] * len(self.partial))
 
     def verify(self, step: int) -> None:
         """Refuse faded elements that are not zero."""

@@ -177,6 +177,26 @@ class RetrainFreePruner(Pruner):
             raise ConfigError("the masks are chosen already; make a new pruner to calibrate again")
         if self.tunes:
             batches = list(batches)
+        step, seen = self.step, {name: calibration.state_dict() for name, calibration in self._calibrations.items()}
+        dense = copy.deepcopy(self.model) if self.tunes else None
+        try:
+            self.step = max(step + self._observe(batches, loss_fn), self.final_step)
+            with torch.no_grad():
+                event = self._update_masks(list(self._groups))
+        except BaseException:  # as if it had not begun: a second try counts no batch twice
+            self.step = step
+            for name, calibration in self._calibrations.items():
+                calibration.load_state_dict(seen[name])
+            raise
+        with torch.no_grad():
+            self._apply()
+        if dense is not None:
+            self.tune(list(batches), loss_fn, dense)
+        self._tell(event)
+        return event
+
+    def _observe(self, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]) -> int:
+        """Take in the mask gradients of each batch; how many there were."""
         done = 0
         with _evaluating(self.model):
             for batch in batches:
@@ -189,15 +209,7 @@ class RetrainFreePruner(Pruner):
             self.model.zero_grad(set_to_none=True)
         if not done:
             raise ConfigError("calibrate() was given no batch")
-        self.step = max(self.step + done, self.final_step)
-        dense = copy.deepcopy(self.model) if self.tunes else None
-        with torch.no_grad():
-            event = self._update_masks(list(self._groups))
-            self._apply()
-        if dense is not None:
-            self.tune(list(batches), loss_fn, dense)
-        self._tell(event)
-        return event
+        return done
 
     def tune(
         self, batches: Sequence[Any], forward: Callable[[nn.Module, Any], object], dense: nn.Module
@@ -237,19 +249,31 @@ class RetrainFreePruner(Pruner):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
-        super().load_state_dict(state)
         if set(state.get("calibration", ())) != set(self._calibrations):
             raise MaskMismatchError("the pruner's state does not fit: it has no calibration of these groups")
+        super().load_state_dict(state)
         for name, calibration in self._calibrations.items():
             calibration.load_state_dict(state["calibration"][name])
+
+    def attach(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> Pruner:
+        """As :meth:`Pruner.attach`; while calibration is to come, to one optimizer only.
+
+        Raises:
+            ConfigError: several optimizers, of which the others would train while this one calibrates.
+        """
+        if self.calibrating and isinstance(optimizer, Sequence) and len(optimizer) > 1:
+            raise ConfigError(
+                f"pruner 'retrain_free' was given {len(optimizer)} optimizers, and the others would train while it "
+                "calibrates: call calibrate() first, or give it the only one"
+            )
+        return super().attach(optimizer)
 
     @torch.no_grad()
     def _score(self, optimizer: torch.optim.Optimizer | None) -> None:
         calibrating = self.calibrating
         super()._score(optimizer)
         if calibrating and not self._skips_step:  # a weight without a gradient is left alone by every optimizer
-            held = self.model.parameters() if optimizer is None else _parameters(optimizer)
-            for parameter in held:
+            for parameter in {*self.model.parameters(), *(() if optimizer is None else _parameters(optimizer))}:
                 parameter.grad = None
 
     def _update_scores(self, gradient_scale: Tensor | None) -> None:

@@ -122,7 +122,11 @@ def tables(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         lengths = _captured_table((tiles,), device)[0]
         return _captured_table(tuple(rows), device), _owners_of(lengths, first), first
-    return _table(tuple(rows), device), _owners(tiles, device), first
+    stream = 0
+    if device.type == "cuda":
+        _arena.provide()
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _table(tuple(rows), device, stream), _owners(tiles, device, stream), first
 
 
 def launch(kernel: Any, programs: int, *arguments: Tensor | float, **constants: Any) -> None:
@@ -179,17 +183,18 @@ def _captured_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    """Kept per stream: another one would not wait for the upload."""
+    del stream
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type != "cuda":
         return table
-    _arena.provide()
     return table.pin_memory().to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=64)
-def _owners(tiles: tuple[int, ...], device: torch.device) -> Tensor:
-    return _owners_of(_table((tiles,), device)[0], sum(tiles))
+def _owners(tiles: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _owners_of(_table((tiles,), device, stream)[0], sum(tiles))
 
 
 def _owners_of(lengths: Tensor, total: int) -> Tensor:

@@ -55,10 +55,10 @@ def _fold(
 ):
     """``S <- alpha * S + beta * r``; without a state S is not read, for 0 * inf is NaN. bf16 is held as int16."""
     BF16: tl.constexpr = score_ptrs.dtype.element_ty == tl.int16
-    if REDUCE == "mean":
-        value = tl.div_rn(value, size.to(tl.float32))
+    if REDUCE == "mean":  # in fp64, once a unit: the same bits, also of denormals, which Triton 3.5 flushes in fp32
+        value = (value.to(tl.float64) / size.to(tl.float64)).to(tl.float32)
     if REDUCE == "l2":
-        value = tl.sqrt_rn(value)
+        value = tl.sqrt(value.to(tl.float64)).to(tl.float32)
     if FINISH == "abs":
         value = tl.abs(value)
     if FINISH == "square":
