@@ -178,3 +178,51 @@ def test_a_pruner_hands_its_masks_over_and_spares_its_own_pass(monkeypatch):
     assert not optimizer.state[weight]["exp_avg"][~mask].any()
     pruner.detach()
     assert optimizer.masks_of(weight) is None
+
+
+def zeros_of(net):
+    return [float((part.weight == 0).float().mean()) for part in net]
+
+
+def steps(net, optimizers, count=6):
+    for step in range(count):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        net(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+def test_two_pruners_on_one_optimizer_both_have_their_masks():
+    net = two_layers()
+    optimizer = MaskedAdamW(net.parameters(), lr=1e-2)
+    settings = {"pattern": "1x1", "target_sparsity": 0.5, "start_step": 1, "end_step": 3}
+    first, second = (Pruner(net, include=[name], exclude_head=False, **settings).attach(optimizer) for name in "01")
+    steps(net, [optimizer])
+    assert zeros_of(net) == [0.5, 0.5]
+    second.detach()
+    steps(net, [optimizer], 2)
+    assert zeros_of(net)[0] == 0.5
+    assert first.verify().zeros == 32
+
+
+def test_a_weight_that_the_optimizer_does_not_step_on_keeps_its_zeros():
+    net = two_layers()
+    optimizers = [torch.optim.SGD(net[1].parameters(), lr=0.1), MaskedAdamW(net[0].parameters(), lr=1e-2)]
+    pruner = Pruner(net, pattern="1x1", target_sparsity=0.5, start_step=1, end_step=3, exclude_head=False)
+    pruner.attach(optimizers[1])
+    steps(net, optimizers)
+    assert sum(zeros_of(net)) == 1.0
+
+
+def test_states_and_parameters_that_it_cannot_step_on_are_refused():
+    theirs = torch.optim.AdamW(two_layers().parameters(), amsgrad=True)
+    with pytest.raises(ConfigError, match="has no amsgrad"):
+        MaskedAdamW(two_layers().parameters()).load_state_dict(theirs.state_dict())
+    with pytest.raises(ConfigError, match="gaps in memory"):
+        MaskedSGD([nn.Parameter(torch.randn(4, 4, 6)[:, :, :3])])

@@ -344,3 +344,38 @@ def test_more_units_than_can_be_kept_are_refused_with_the_numbers():
 def test_no_batch_is_refused():
     with pytest.raises(ConfigError, match="no batch"):
         RetrainFreePruner(block(), include=["down"]).calibrate([], loss)
+
+
+def test_a_calibration_that_fails_can_be_tried_again_and_counts_no_batch_twice():
+    settings = {"pattern": "channelx1", "include": ["down"], "target_sparsity": 0.5}
+    expected = RetrainFreePruner(block(), **settings)
+    expected.calibrate(batches(), loss)
+
+    def failing():
+        yield from batches(3)
+        raise OSError("the disk went away")
+
+    pruner = RetrainFreePruner(block(), **settings)
+    with pytest.raises(OSError, match="the disk went away"):
+        pruner.calibrate(failing(), loss)
+    assert (pruner.step, pruner.calibrating) == (0, True)
+    pruner.calibrate(batches(), loss)
+    assert pruner.digest() == expected.digest()
+    assert pruner.fisher_losses == expected.fisher_losses
+
+
+def test_several_optimizers_are_refused_while_it_calibrates():
+    model = block()
+    pruner = RetrainFreePruner(model, pattern="channelx1", include=["down"], target_sparsity=0.5)
+    parts = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.down, model.classifier)]
+    with pytest.raises(ConfigError, match="was given 2 optimizers"):
+        pruner.attach(parts)
+
+
+def test_a_wrapped_model_is_tuned():
+    model = block()
+    pruner = RetrainFreePruner(
+        nn.DataParallel(model), pattern="channelx1", include=["down"], target_sparsity=0.5, tune=True
+    )
+    pruner.calibrate(batches(), loss)
+    assert set(pruner.tuning_errors) == {"down"}

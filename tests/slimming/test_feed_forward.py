@@ -74,7 +74,8 @@ class Block(nn.Module):
         self.up = nn.Linear(4, 8, **settings)
         self.gate = nn.Linear(4, 8, **settings)
         self.down = nn.Linear(8, 4, **settings)
-        self.other = nn.Linear(8, 4, **settings)
+        if "other" in body.__code__.co_names:  # a layer that does not run would hold what it may read
+            self.other = nn.Linear(8, 4, **settings)
 
     def forward(self, x):
         return self.body(self, x)

@@ -220,4 +220,4 @@ def test_only_graph_knows_torch_jit_and_torch_export():
         if re.search(r"^[^#\"]*torch\.(jit|export)\b(?!`)", path.read_text(encoding="utf-8"), re.MULTILINE)
         and re.search(r"(import|from) torch\.(jit|export)|[^`]torch\.(jit|export)\.", path.read_text(encoding="utf-8"))
     ]
-    assert sorted(users) == ["export/artifacts.py", "slimming/graph.py"]  # one writes torch.export files, one reads models
+    assert sorted(users) == ["export/artifacts.py", "slimming/graph.py"]  # one writes files of torch.export

@@ -143,10 +143,18 @@ def test_what_is_no_finished_run_is_refused(run, tmp_path):
         verify_run(run)
 
 
-def test_a_run_without_slimming_holds(finished, run):
+def test_a_slim_model_that_was_removed_is_missing(run):
     for name in ("slimming.json", "certificate.json", "certificate.safetensors"):
         (run / name).unlink()
     shutil.rmtree(run / "slim")
-    found, broken = verdicts(run)
+    _, broken = verdicts(run)
+    assert [finding.what for finding in broken] == ["slim model"]
+    assert "they were removed, or the run did not get that far" in broken[0].detail
+
+
+def test_a_run_without_slimming_holds(tmp_path):
+    run = make_run(tmp_path / "run", ToyTask(), settings())
+    make_driver(run, tmp_path / "cache", tracer=None, pattern="channelx1").execute()
+    found, broken = verdicts(tmp_path / "run")
     assert broken == []
     assert found["slim model"].detail == "this run has none (slimmer=none)"

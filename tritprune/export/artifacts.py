@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from tritprune.errors import CertificateError, ConfigError, MissingPackageError, RunFolderError, TraceError
+from tritprune.errors import (
+    CertificateError,
+    ConfigError,
+    MissingPackageError,
+    RunFolderError,
+    TraceError,
+    TritpruneError,
+)
 from tritprune.registry import did_you_mean
 from tritprune.slimming.check_inputs import derive_inputs
 from tritprune.slimming.comparison import TOLERANCES, largest_difference
@@ -212,7 +219,15 @@ def _export(
                     f"{type(call.model).__name__} cannot be exported as {kind}: {type(error).__name__}: "
                     f"{lines[0] if lines else 'no message'}"
                 ) from error
-            largest, tolerance = _compare(kind, call, read(temporary))
+            try:
+                largest, tolerance = _compare(kind, call, read(temporary))
+            except (TritpruneError, OSError):
+                raise
+            except Exception as error:  # whatever the runtime lacks
+                raise TraceError(
+                    f"the {kind} file of {type(call.model).__name__} does not run: {type(error).__name__}: "
+                    f"{(str(error).splitlines() or ['no message'])[0]}"
+                ) from error
         size = temporary.stat().st_size
         temporary.replace(path)
     except OSError as error:

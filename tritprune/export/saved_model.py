@@ -139,7 +139,8 @@ def builder_of(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> 
         ConfigError: the class cannot be imported by name (it is local to a function), so it cannot be built again.
     """
     kind = type(model)
-    if hasattr(model, "config") and getattr(import_module(kind.__module__.split(".")[0]), kind.__name__, None) is kind:
+    package = kind.__module__.partition(".")[0]
+    if package == "transformers" and getattr(import_module(package), kind.__name__, None) is kind:
         return {"kind": "transformers", "class": kind.__name__}
     given = dict(arguments or {})
     for name in models:
@@ -328,7 +329,8 @@ def _read_manifest(folder: Path, plugins: Sequence[str] | None = None) -> dict[s
                 f"the model in {folder} is a {builder['class']}; code is imported only when you ask for it: "
                 f"load it with plugins=['{module}'], or with build={name}"
             )
-        if not isinstance(getattr(import_module(module), name, None), type):
+        found = getattr(import_module(module), name, None)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise CheckpointError(f"the model in {folder} is a {builder['class']}, and '{module}' has no such class")
     return manifest
 
@@ -419,3 +421,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, st
     for name, tensor in own.items():
         tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=True)
+    for name, stored in aliases.items():  # tied again, also where both were made anew in another width
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        if key in module._parameters:
+            module._parameters[key] = model.get_parameter(stored)

@@ -1,5 +1,6 @@
 """What a slim model has of the model that it was cut from: which indices, what is new or folded, how wide it is."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,12 @@ SIZES = (
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by dotted name; each once, under its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors that a training forward pass has left in attributes are copied without their history."""
+    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in left})
 
 
 def selected(tensor: Tensor, selection: Mapping[int, Tensor]) -> Tensor:
@@ -57,9 +64,8 @@ def _own_tensors(module: nn.Module) -> dict[str, list[int] | None]:
 
 def _changed_counts(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(after).items():
-        if name.startswith("_") or value == (was := vars(before).get(name)):
-            continue
-        if type(value) is int and type(was) is int:
-            yield name, value
-        elif isinstance(value, tuple) and value and all(type(part) is int for part in value):
-            yield name, list(value)
+        was = vars(before).get(name)
+        one = type(value) is int and type(was) is int
+        several = isinstance(value, tuple) and value and all(type(part) is int for part in value)
+        if not name.startswith("_") and (one or several) and value != was:
+            yield name, value if one else list(value)  # type: ignore[arg-type]

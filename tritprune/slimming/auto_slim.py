@@ -4,7 +4,6 @@ What is proposed is proved first: on a copy of the model one unit of every block
 the copy is slimmed, and only blocks that really got narrower are proposed. Everything else is refused by name.
 """
 
-import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from tritprune.errors import ConfigError
 from tritprune.kernels import apply_masks_
 from tritprune.patterns import HeadsPattern, Site, WeightView, find_attentions
+from tritprune.slimming.account import copied
 from tritprune.slimming.leftovers import Refusal
 from tritprune.slimming.searchers import Linear2LinearSearcher, SelfMHASearcher
 from tritprune.slimming.slimmer import SlimResult, slim_model
@@ -81,8 +81,8 @@ def parse_auto_slim_config(
     if not (ffn2_sparsity or mha_sparsity):
         raise ConfigError("auto-slim has nothing to do: ffn2_sparsity and mha_sparsity are both 0")
     inputs = _example(dataloader) if example_inputs is None else example_inputs
-    roots = _channels(model, inputs) if ffn2_sparsity else []
-    sites, refused = _heads(model, inputs) if mha_sparsity else ([], [])
+    roots = _channels(model, inputs, tracer) if ffn2_sparsity else []
+    sites, refused = _heads(model, inputs, tracer) if mha_sparsity else ([], [])
     result = _trial(model, inputs, roots, sites, tracer)
     kept = [root for root in roots if _reads_less(model, root, result)]
     cuttable = [site for site in sites if _reads_less(model, site.views[-1].name, result)]
@@ -141,18 +141,18 @@ def _example(dataloader: Iterable[Any] | None) -> Any:
     return batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
 
 
-def _channels(model: nn.Module, inputs: Any) -> list[str]:
+def _channels(model: nn.Module, inputs: Any, tracer: str) -> list[str]:
     """The linears that read channels which other linears make."""
-    return [item["root_linear"] for item in Linear2LinearSearcher(model, example_inputs=inputs).search()]
+    return [item["root_linear"] for item in Linear2LinearSearcher(model, example_inputs=inputs, tracer=tracer).search()]
 
 
-def _heads(model: nn.Module, inputs: Any) -> tuple[list[Site], list[Refusal]]:
+def _heads(model: nn.Module, inputs: Any, tracer: str) -> tuple[list[Site], list[Refusal]]:
     """The attentions that the graph shows and pattern heads knows; the others with the reason."""
     modules = dict(model.named_modules())
     known = {frozenset(parts): (name, parts) for name, parts in find_attentions(model)}
     sites: list[Site] = []
     refused: list[Refusal] = []
-    for item in SelfMHASearcher(model, example_inputs=inputs).search():
+    for item in SelfMHASearcher(model, example_inputs=inputs, tracer=tracer).search():
         linears = [*item["qkv"], *item["ffn"]]
         if frozenset(linears) not in known:
             reason = "its query, key, value and output are no linears by names that pattern heads knows"
@@ -175,7 +175,7 @@ def _heads(model: nn.Module, inputs: Any) -> tuple[list[Site], list[Refusal]]:
 @torch.no_grad()
 def _trial(model: nn.Module, inputs: Any, roots: Sequence[str], sites: Sequence[Site], tracer: str) -> SlimResult:
     """Slim a copy in which the last channel of each block and the last head of each attention are dead."""
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     for root in roots:
         view = WeightView.of(root, trial.get_submodule(root))
         assert view is not None

@@ -57,6 +57,6 @@ def _runs(model: nn.Module, inputs: ModelInputs) -> bool:
     try:
         with evaluating(model):
             inputs.call(model)
-    except (RuntimeError, ValueError, IndexError):  # a shape that this model does not take: a fixed batch size, say
-        return False
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError):
+        return False  # a shape that this model does not take: a fixed batch size, say
     return True

@@ -176,7 +176,8 @@ class _Recorder:
     def add(self, kind: str, inputs: tuple[Value, ...], outputs: tuple[Value, ...], scope: str) -> int:
         base = kind if kind.endswith("__") else kind.removesuffix("_")
         base, inputs = _one_convolution(base, inputs)
-        self.nodes.append(Node(len(self.nodes), base, inputs, outputs, scope))
+        in_place = kind.endswith("_") and not kind.endswith("__")
+        self.nodes.append(Node(len(self.nodes), base, inputs, outputs, scope, in_place))
         return len(self.nodes) - 1
 
     def parameter(self, name: str, value: str, tensor: Tensor) -> Value:
@@ -224,9 +225,17 @@ def _trace_with_jit(model: nn.Module, inputs: ModelInputs, scopes: _Scopes) -> G
         paths[:] = made
         return tuple(made.values())
 
-    traced: Any = torch.jit.trace(
-        forward, (*tensors.values(), *(t.detach() for t in own.values())), check_trace=False, strict=False
-    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        traced: Any = torch.jit.trace(
+            forward, (*tensors.values(), *(t.detach() for t in own.values())), check_trace=False, strict=False
+        )
+    for warning in said:
+        if "to a Python number" in str(warning.message) or "to a Python float" in str(warning.message):
+            raise TraceError(
+                f"{type(model).__name__} computes a Python number from its data ({Path(warning.filename).name}, line "
+                f"{warning.lineno}), so that what is constant cannot be told; keep it a tensor"
+            )
     return _read_jit(traced.inlined_graph, tensors, {names[key]: tensor for key, tensor in own.items()}, paths)
 
 

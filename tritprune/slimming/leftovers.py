@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from tritprune.slimming.attention import Attention
+from tritprune.slimming.forms import distinct
 from tritprune.slimming.linears import is_linear
 from tritprune.slimming.places import Place, count_heads, first_atoms
 from tritprune.slimming.units import Units
@@ -99,7 +100,7 @@ def _of_layer(
 ) -> list[Refusal]:
     refusals: list[Refusal] = []
     parameter = units.parameter_name(module.weight)  # type: ignore[arg-type]
-    if parameter is None:  # nothing reads it
+    if parameter is None or not units.graph.readers_of_parameter(parameter):
         for kind, dim in (("rows", 0), ("columns", 1)):
             weight: Tensor = module.weight.detach()  # type: ignore[operator]
             zero = ~(weight != 0).transpose(0, dim).flatten(1).any(1)
@@ -145,3 +146,29 @@ def _of_living(units: Units, kind: str, atom: int, why: dict[int, str], heads: s
     if unit not in why:
         return "nothing reads them on the example inputs"
     return f"their units are alive: {why[unit]}"
+
+
+def idle_readers(units: Units) -> dict[int, str]:
+    """Widths that a layer may read which does not run on the example inputs: family -> why it stays.
+
+    Such a layer keeps its size, so whatever has that size may be what it reads; unless a neighbour that does not run
+    either makes it.
+    """
+    idle: list[tuple[str, int, int]] = []
+    for name, module in units.model.named_modules():
+        if not (is_linear(module) or isinstance(module, nn.modules.conv._ConvNd)):
+            continue
+        parameter = units.parameter_name(module.weight)  # type: ignore[arg-type]
+        if parameter is None or not units.graph.readers_of_parameter(parameter):
+            turned = type(module).__name__ == "Conv1D" or getattr(module, "transposed", False)
+            shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+            idle.append((name, shape[int(not turned)], shape[int(turned)]))
+    held: dict[int, str] = {}
+    for name, reads, _ in idle:
+        parent = name.rpartition(".")[0]
+        if any(makes == reads and other.rpartition(".")[0] == parent for other, _, makes in idle):
+            continue
+        for atoms in units.dims.values():
+            for family in distinct(units.family[atoms]).tolist() if len(atoms) == reads else ():
+                held.setdefault(family, f"{name} does not run on the example inputs and may read them")
+    return held

@@ -51,6 +51,7 @@ class Node:
         inputs: its arguments in the operation's own order; constants among them.
         outputs: what it makes; a list that it makes (chunk, split, unbind) is given as its parts.
         scope: dotted name of the module whose code ran it; empty for the model itself.
+        in_place: whether it writes to its first input.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Node:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     scope: str = ""
+    in_place: bool = False
 
     @property
     def output(self) -> Value:

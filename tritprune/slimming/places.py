@@ -81,6 +81,7 @@ def find_places(units: Units) -> list[Place]:
     places: list[Place] = []
     for family, readers in read.items():
         made = [key for key in dims[family] if key not in readers and units.weights.tensors[key[0]].dim() > 1]
+        made = made or [key for key in dims[family] if key not in readers]
         if not made:
             continue
         names = [_layer(name) for name, _ in dict.fromkeys(readers)]

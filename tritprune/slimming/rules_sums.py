@@ -53,7 +53,7 @@ def _outputs(walk: Walk, weight: Form, kept: int, dim: int, bias: Value | None) 
         return []
     if offset is not None:
         walk.merge(own.atoms, offset.atoms)
-    if weight.weight is None:
+    if weight.weight is None or (bias is not None and bias.parameter is None):  # computed while it runs
         return [Group.of((dim,), own.atoms)]
     name, dims = weight.weight
     zero = walk.weights.zeros(name, dims[kept])
@@ -96,7 +96,8 @@ def _grouped(
     if inner is not None:
         walk.pin(inner, f"{describe(node)} is a grouped convolution")
     (made,) = _outputs(walk, weight, 0, channel, bias)
-    if inputs.shape[1] == 1:  # a constant stays one where no padding's zeros come in between
+    computed = bias is not None and bias.parameter is None
+    if inputs.shape[1] == 1 and not computed:  # a constant stays one where no padding's zeros come in between
         name = weight.weight[0]
         total = walk.weights.tensors[name].double().flatten(1).sum(1).cpu().numpy()
         offset = walk.weights.bias_of(name, bias.parameter if bias is not None else None)

@@ -98,7 +98,8 @@ def slices(walk: Walk, node: Node) -> Form | None:
     shape = tuple(node.output.shape or ())
     dim = node.argument(1, 0) % form.rank
     if form.group(dim) is None or shape == form.shape:
-        return replace(form, shape=shape, weight=None)
+        whole = shape[-1:] == form.shape[-1:]  # a part of the probabilities does not sum to one
+        return replace(form, shape=shape, weight=None, sums_to_one=form.sums_to_one and whole)
     if not all(value.is_constant for value in node.inputs[1:]):
         return None
     start, stop = node.argument(2, 0), node.argument(3, WHOLE)

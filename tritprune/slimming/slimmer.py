@@ -1,19 +1,19 @@
 """From a masked model to a smaller one with the same outputs: find, cut, explain what stays, certify."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from tritprune.errors import ConfigError
-from tritprune.slimming.account import Selections, changed_widths
+from tritprune.errors import CertificateError, ConfigError
+from tritprune.slimming.account import SIZES, Selections, changed_widths, copied
+from tritprune.slimming.attention import common_parent
 from tritprune.slimming.certificate import Certificate, certify
 from tritprune.slimming.check_inputs import derive_inputs
 from tritprune.slimming.comparison import largest_difference
 from tritprune.slimming.graph import trace
-from tritprune.slimming.leftovers import Refusal, explain_leftovers
+from tritprune.slimming.leftovers import Refusal, explain_leftovers, idle_readers
 from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
 from tritprune.slimming.nodes import Graph
 from tritprune.slimming.places import Cut, Place, cuts_of, find_places, found_of, recount
@@ -85,7 +85,8 @@ def slim_model(
     Raises:
         ConfigError: unknown tracer, inputs of an odd type, or ``round_to`` below 1.
         TraceError: the model does not run on the inputs, or cannot be traced.
-        CertificateError: the slim model's outputs differ; the message names the first module that differs.
+        CertificateError: the slim model's outputs differ; the message names the first module that differs. Or the model
+            gives other outputs each time it runs.
     """
     if round_to < 1:
         raise ConfigError(f"round_to is a whole number from 1 on, got {round_to}")
@@ -148,6 +149,9 @@ class _Slimmer:
     def __post_init__(self) -> None:
         with evaluating(self.model):
             self._reference = tensors_of(self.inputs.call(self.model))
+        units = Units(self.model, self.graph, 1, {})
+        heads = {place.family for place in find_places(units) if place.attentions}
+        self.forbidden |= {f: reason for f, reason in idle_readers(units).items() if f not in heads}
 
     def attempt(self) -> _Attempt:
         """The first attempt whose model runs and gives the same outputs."""
@@ -155,8 +159,13 @@ class _Slimmer:
             made = self._best({})
             if made.problem is None:
                 return made
-            blamed = self._blamed(made)
-            self.forbidden |= blamed or {place.family: made.problem for place in self._affected(made)}
+            affected = self._affected(made)
+            if not affected:
+                raise CertificateError(
+                    f"{type(self.model).__name__} gives other outputs each time it runs, or a copy of it does not run, "
+                    f"so that nothing can be proved: {made.problem}"
+                )
+            self.forbidden |= self._blamed(made) or {place.family: made.problem for place in affected}
 
     def _blamed(self, failed: _Attempt) -> dict[int, str]:
         """The places that fail when they alone are cut."""
@@ -183,10 +192,28 @@ class _Slimmer:
         first = next(attempts)
         if first.problem is None or not any(place.attentions for place in self._affected(first)):
             return first
-        return next((attempt for attempt in attempts if attempt.problem is None), first)
+        found = next((attempt for attempt in attempts if attempt.problem is None), first)
+        self._put_back(found)
+        return found
+
+    def _put_back(self, made: _Attempt) -> None:
+        """Undo those changed counts that the model runs without: a number may be equal by chance."""
+        if made.problem is not None:
+            return
+        given = dict(self.model.named_modules())
+        attentions = [attention for place in made.places for attention in place.attentions]
+        names = {name for a in attentions for name in (a.where, common_parent([*a.feeding, str(a.output)]))}
+        for name in sorted(names & given.keys()):
+            module = made.slim.get_submodule(name)
+            for key, value in list(vars(module).items()):
+                was = vars(given[name]).get(key)
+                if type(value) is int and type(was) is int and value != was and key not in SIZES:
+                    setattr(module, key, was)
+                    if self._trial(made.slim) is not None:
+                        setattr(module, key, value)
 
     def _cut(self, units: Units, places: list[Place], selections: Selections, style: str) -> _Attempt:
-        slim = copy.deepcopy(self.model).eval()
+        slim = copied(self.model).eval()
         slim.zero_grad(set_to_none=True)
         cut(slim, units.weights, selections)
         recount(slim, units, places, style)
@@ -196,7 +223,7 @@ class _Slimmer:
         try:
             with evaluating(slim):
                 made = tensors_of(self.inputs.call(slim))
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError) as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             return f"the model does not run without them ({said})"
         difference = largest_difference(self._reference, made)

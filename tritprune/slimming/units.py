@@ -48,7 +48,7 @@ class Units:
 
     def __post_init__(self) -> None:
         self.weights = Weights(self.model, self.graph)
-        self.walk = Walk(self.graph, self.weights, RULES, PASSING).run()
+        self.walk = self._walked()
         self.unit = _units(self.weights.size, self.walk.edges, [group.atoms for group in self.walk.split])
         self.last_walk = self.walk
         self.dims = {key: self.weights.atoms(*key) for key in self.weights.first}
@@ -58,12 +58,15 @@ class Units:
             for unit in distinct(self.unit[atoms]).tolist():
                 self.pinned.setdefault(unit, reason)
 
+    def _walked(self) -> Walk:
+        return Walk(self.graph, self.weights, RULES, PASSING, frozenset(VIEWS)).run()
+
     def take_away_all(self) -> None:
         """Take dead units away until no unit is dead but those that must stay."""
         while len(going := self._to_go(self.last_walk)):
             self._fold(self.last_walk, going)
             self.weights.take_away(np.flatnonzero(self._those(going)[self.unit[: len(self.weights.gone)]]))
-            self.last_walk = Walk(self.graph, self.weights, RULES, PASSING).run()
+            self.last_walk = self._walked()
 
     def dead(self, walk: Walk | None = None) -> tuple[Array, dict[int, str]]:
         """For each atom, whether all readers of its unit can do without it; by unit, the first reader that cannot."""

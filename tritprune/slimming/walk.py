@@ -5,7 +5,7 @@ as it is: nothing is cut on a guess.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Walk:
     Attributes:
         rules: the rule of each operation.
         passing: the operations that hand on the width of what they read.
+        views: the operations whose results share memory with what they read.
         edges: pairs of arrays of atoms; the atoms at the same index stay or go together.
         pins: atoms that must stay, and why.
         readers: the weights that sum over atoms.
@@ -57,6 +58,7 @@ class Walk:
     weights: Weights
     rules: dict[str, Rule]
     passing: frozenset[str] = frozenset()
+    views: frozenset[str] = frozenset()
     edges: list[tuple[Array, Array]] = field(default_factory=list)
     pins: list[tuple[Array, str]] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
@@ -76,10 +78,21 @@ class Walk:
             for value, form in zip(node.outputs, forms, strict=False):
                 assert value.shape is None or len(value.shape) == form.rank, str(node)
                 self.forms[value.name] = form
+            if node.in_place:
+                self._forget_written(node)
         for name, path in self.graph.outputs.items():
             for group in self.forms.get(name, Form()).groups:
                 self.pin(group, "the model returns them" + (f" as {path}" if path != "output" else ""))
         return self
+
+    def _forget_written(self, node: Node) -> None:
+        """A write through a view changes what the view is of: no number of it is known any more."""
+        value = node.inputs[0]
+        while (producer := self.graph.producer(value)) is not None and producer.kind in self.views:
+            value = producer.inputs[0]
+            form = self.form(value)
+            unknown = tuple(group.unknown() for group in form.groups)
+            self.forms[value.name] = replace(form, groups=unknown, sums_to_one=False)
 
     def form(self, value: Value) -> Form:
         """What is known of ``value``."""

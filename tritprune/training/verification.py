@@ -16,7 +16,7 @@ from tritprune.errors import CertificateError, CheckpointError, TritpruneError
 from tritprune.export import load_model
 from tritprune.pruners import MaskSet
 from tritprune.slimming import certify, check_saved, count_parameters, saved_inputs, state_sha256
-from tritprune.training.driver import MASKS, PRUNED, PRUNING, SLIM, SLIMMING
+from tritprune.training.driver import MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
 
 CERTIFICATE = "certificate.json"
 
@@ -71,7 +71,11 @@ class _Verification:
         if PRUNED in self.models:
             yield self._held("masks: as recorded, and pruned/ is zero there", lambda: self._masks(pruning))
         if not slimmed:
-            yield Finding("slim model", True, "this run has none (slimmer=none)")
+            result = self._read(RESULT) if (self.folder / RESULT).is_file() else {}
+            rows = [row.get("model") for row in result.get("rows", ())]
+            none = result.get("status") == "finished" and SLIM not in rows
+            missing = "slim/ and its records are missing: they were removed, or the run did not get that far"
+            yield Finding("slim model", none, "this run has none (slimmer=none)" if none else missing)
             return
         if SLIM in self.models:
             yield self._held("slim/: the outputs of the certificate", lambda: self._outputs(SLIM))
