@@ -51,7 +51,8 @@ class CommandLine:
         if in_sweep:
             self.sweep = Path(hydra_config.sweep.dir)
             values["run_dir"] = values["run_dir"] or str(self.sweep / hydra_config.sweep.subdir)
-            self.console.rule(f"job {hydra_config.job.num}: {' '.join(overrides)}", align="left")
+            swept_first = sorted(overrides, key=sys.argv.__contains__)  # what was swept was not typed as it is here
+            self.console.rule(f"job {hydra_config.job.num}: {' '.join(swept_first)}", align="left")
         status = run_and_tell(values, overrides, self.console)
         if status in (130, 143):
             sys.exit(status)
