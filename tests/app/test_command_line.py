@@ -141,7 +141,7 @@ def test_the_slim_model_loads_in_a_new_process_and_gives_the_outputs_of_its_cert
 
 def test_the_second_run_reuses_the_dense_model(smoke):
     folder, _ = smoke
-    done = tritprune(folder.parent.parent.parent, *SMOKE, "run_dir=again", "control=null")
+    done = tritprune(folder.parent.parent.parent, *SMOKE, "hydra.run.dir=again", "control=null")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "taken from" in done.stdout
     result = json.loads((folder.parent.parent.parent / "again" / "result.json").read_text())

@@ -53,6 +53,8 @@ class CommandLine:
             values["run_dir"] = values["run_dir"] or str(self.sweep / hydra_config.sweep.subdir)
             swept_first = sorted(overrides, key=sys.argv.__contains__)  # what was swept was not typed as it is here
             self.console.rule(f"job {hydra_config.job.num}: {' '.join(swept_first)}", align="left")
+        elif hydra_config.run.dir != ".":
+            values["run_dir"] = values["run_dir"] or hydra_config.run.dir  # hydra's own word for the same
         status = run_and_tell(values, overrides, self.console)
         if status in (130, 143):
             sys.exit(status)
