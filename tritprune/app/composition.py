@@ -20,6 +20,12 @@ from tritprune.training.settings import TrainingSettings
 
 AXES = ("criterion", "pattern", "schedule")
 NEURAL_COMPRESSOR = "neural_compressor"
+RENAMED = {"slimmer.export": "slimmer.save_as"}
+
+
+def renamed(key: str) -> str | None:
+    """What to say of a key that has another name now."""
+    return f"{key} is called {RENAMED[key]} now" if key in RENAMED else None
 
 
 def inline_files(config: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class Plan:
         control: ``random`` repeats pruning and recovery with random masks at the same budget.
         tracer: how the slimmer reads the model; None leaves out the slimming.
         init_from: folder of a saved model that takes the place of the fine-tuned dense one.
-        exports: further files to make of the slim model: ``onnx``, ``torch_export``.
+        save_as: further files to make of the slim model: ``onnx``, ``torch_export``.
         round_to: widths that are cut stay multiples of this number.
         uniform: pad the slim model's layers to the same widths, so that ``from_pretrained`` loads it.
     """
@@ -54,7 +54,7 @@ class Plan:
     init_from: Path | None = None
     round_to: int = 1
     uniform: bool = False
-    exports: tuple[str, ...] = ()
+    save_as: tuple[str, ...] = ()
 
 
 def starting_model(task: Task, seed: int, init_from: Path | None) -> nn.Module:
@@ -208,7 +208,7 @@ class Driver:
                 f"{self.run.folder / 'certificate.json'}"
             )
         made: list[Artifact] = []
-        for kind in self.plan.exports:
+        for kind in self.plan.save_as:
             with self.run.progress.status(f"writing {FILES[kind]}"):
                 path = self.run.folder / FILES[kind]
                 inputs = self.run.task.model_inputs(self.run.task.example_inputs(2))
