@@ -171,6 +171,12 @@ MISTAKES = [
     ([*SMOKE, "+slimmer.save=[onnx]"], ["slimmer has no key 'save'; did you mean 'save_as'"]),
     ([*SMOKE, "slimmer.save_as=[onxx]"], ["slimmer.save_as: unknown kind of file 'onxx'; did you mean 'onnx'"]),
     ([*SMOKE, "slimmer.save_as=onnx"], ["slimmer.save_as is a list, as in slimmer.save_as=[onnx]"]),
+    ([*SMOKE, "training.after_slim=0.5"], ["training.after_slim is a number of optimizer steps", "got 0.5"]),
+    (
+        [*SMOKE, "training.after_slim=9", "slimmer=none"],
+        ["training.after_slim=9 trains the slim model", "slimmer=none"],
+    ),
+    ([*SMOKE, "training.after_slim=9", "slimmer.uniform=true"], ["training.after_slim=9 would bring to life"]),
     (["verify=nowhere"], ["verify=nowhere: no run is there"]),
     (["experiment=bert_4x2"], ["bert_4x1", "bert_slim"]),
     ([*SMOKE, "criterion=snipp"], ["snip", "magnitude"]),

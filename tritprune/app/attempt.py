@@ -30,8 +30,8 @@ from tritprune.report import console_epilogue, console_table, write_report
 from tritprune.slimming.graph import TRACERS
 from tritprune.tasks import get_task
 from tritprune.tracking import Tracker, get_tracker
-from tritprune.training.checkpoint import RunFolder, find_resumable, fingerprint, write_json
-from tritprune.training.driver import RESULT, Driver, Plan, starting_model
+from tritprune.training.checkpoint import RESULT, RunFolder, find_resumable, fingerprint, write_json
+from tritprune.training.driver import Driver, Plan, starting_model
 from tritprune.training.loop import Run, agree
 from tritprune.training.progress import Progress
 from tritprune.training.provenance import git_state
@@ -113,7 +113,7 @@ class Attempt:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         _one_of("control", config["control"], (None, "random"))
-        _check_slimmer(config["slimmer"])
+        _check_slimmer(config["slimmer"], settings.after_slim)
         task = get_task(config["task"])
         tracker = get_tracker(config["tracker"])
         make_pruner = PrunerMaker(config, settings, task)
@@ -145,7 +145,7 @@ class Attempt:
             model = starting_model(task, config["seed"], plan.init_from)
             pruner = plan.make_pruner(model)
         self._folder = self._choose_folder(progress)
-        self._folder.check_room_for(model)
+        self._folder.check_room_for(model, trains_after_slim=bool(settings.after_slim))
         self._folder.load_checkpoint("cpu")  # a damaged one is refused now, not after the dense stage
         if self._folder.read_state().get("status") == "finished":
             progress.say(f"already finished: {self._folder.path}")
@@ -278,8 +278,8 @@ def _import_plugin(name: str) -> None:
         ) from error
 
 
-def _check_slimmer(values: Mapping[str, Any]) -> None:
-    """Refuse keys that a slimmer does not have, another tracer, and files that cannot be made here."""
+def _check_slimmer(values: Mapping[str, Any], after_slim: int | str) -> None:
+    """Refuse keys that a slimmer does not have, files that cannot be made here, and settings that contradict."""
     for key in values:
         if key not in SLIMMER_KEYS:
             raise ConfigError(
@@ -291,6 +291,15 @@ def _check_slimmer(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"slimmer.save_as is a list, as in slimmer.save_as=[{kinds}]")
     for kind in kinds:
         require(str(kind))
+    if after_slim and values["tracer"] is None:
+        raise ConfigError(
+            f"training.after_slim={after_slim} trains the slim model, and with slimmer=none there is none"
+        )
+    if after_slim and values.get("uniform"):
+        raise ConfigError(
+            f"slimmer.uniform=true pads with dead units, which training.after_slim={after_slim} would bring to life; "
+            "leave one of them out"
+        )
 
 
 def _whole_number(name: str, value: Any) -> int:

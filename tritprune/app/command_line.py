@@ -25,7 +25,7 @@ from tritprune.app.attempt import FAILED, REFUSED, run_and_tell
 from tritprune.app.composition import renamed
 from tritprune.registry import did_you_mean
 from tritprune.report import sweep_table
-from tritprune.training.driver import RESULT
+from tritprune.training.checkpoint import RESULT
 
 
 @dataclass
