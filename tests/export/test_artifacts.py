@@ -102,7 +102,7 @@ def test_onnx_refuses_before_time_is_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "ONNX_LIMIT", 100)
     with pytest.raises(ConfigError, match="one ONNX file holds 2; use export_program"):
         export_onnx(net(), TOKENS, tmp_path / "x.onnx")
-    with pytest.raises(ConfigError, match="unknown export 'onxx'; did you mean 'onnx'"):
+    with pytest.raises(ConfigError, match=r"slimmer\.save_as: unknown kind of file 'onxx'; did you mean 'onnx'"):
         artifacts.require("onxx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingPackageError, match=r"needs onnxruntime .*pip install 'tritprune\[onnx\]'"):

@@ -52,6 +52,18 @@ def test_verdict(result: dict[str, Any]) -> None:
     )
 
 
+def test_training_after_slimming_is_told_with_its_three_accuracies(result: dict[str, Any]) -> None:
+    tuned = {**result["rows"][2], "model": "tuned", "metrics": {"accuracy": 0.712, "loss": 1.01}}
+    result["rows"].insert(3, tuned)
+    result |= {"after_slim": 100, "artifacts": {**result["artifacts"], "tuned": "tuned"}}
+    said = words.verdict(result)
+    assert said.startswith(f"4x1 at 90%: accuracy 0.712 against 0.737 dense ({MINUS}2.5 points). ")
+    assert "at batch 32. 100 steps after slimming took its accuracy from 0.697 to 0.712. Random" in said
+    text = page(result, Curves(), Path("run"))
+    for expected in ("slim, trained further", "slim/ as it was cut; tuned/ is slim/ after 100 more steps", "run/tuned"):
+        assert expected in text
+
+
 def timed(row: dict[str, Any], median: float, low: float, high: float) -> None:
     for batch in ("1", "32"):
         row["latency"][batch] = {"median_ms": median, "p10_ms": low, "p90_ms": high, "repeats": 50}

@@ -20,6 +20,12 @@ from tritprune.training.settings import TrainingSettings
 
 AXES = ("criterion", "pattern", "schedule")
 NEURAL_COMPRESSOR = "neural_compressor"
+RENAMED = {"slimmer.export": "slimmer.save_as"}
+
+
+def renamed(key: str) -> str | None:
+    """What to say of a key that has another name now."""
+    return f"{key} is called {RENAMED[key]} now" if key in RENAMED else None
 
 
 def inline_files(config: dict[str, Any]) -> None:
@@ -112,12 +118,12 @@ def composition(config: Mapping[str, Any], run: Run, pruner: Pruner, auto: AutoS
     table.add_row(
         "layers", f"{len(pruner.layers)} with {elements:,} weights are pruned, {len(pruner.excluded)} left out"
     )
-    end = pruner.final_step
+    end, after = pruner.final_step, settings.steps_after_slim(task.n_train)
     distillation = f", distilled (weight {settings.distillation.weight:g})" if settings.distillation.weight else ""
     table.add_row(
         "steps",
         f"{settings.dense.steps} dense, {end} prune, {settings.prune.steps - end} recover, "
-        f"batch {settings.batch_size}{distillation}",
+        f"{f'{after} more after slimming, ' if after else ''}batch {settings.batch_size}{distillation}",
     )
     slimmer = "slim by traced graph, with certificate" if config["slimmer"]["tracer"] else "no slimming"
     table.add_row("then", slimmer + (", random-mask control" if config["control"] else ""))

@@ -35,7 +35,7 @@ from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
 ONNX_LIMIT = 2 * 1024**3  # bytes: one file of protocol buffers
 OPSET = 18
 FILES = {"onnx": "slim.onnx", "torch_export": "slim.pt2"}
-"""What a run writes, by the word in ``slimmer.export``."""
+"""What a run writes, by the word in ``slimmer.save_as``."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def require(kind: str) -> None:
         MissingPackageError: a package for it is missing.
     """
     if kind not in EXPORTERS:
-        raise ConfigError(f"unknown export '{kind}'; {did_you_mean(kind, list(EXPORTERS))}")
+        raise ConfigError(f"slimmer.save_as: unknown kind of file '{kind}'; {did_you_mean(kind, list(EXPORTERS))}")
     for package in ("onnx", "onnxscript", "onnxruntime") if kind == "onnx" else ():
         try:
             import_module(package)

@@ -21,12 +21,12 @@ def again(result: Result, run_folder: Path) -> Html:
     """Commands to run it again, go on and load the model; then versions, data, machine, code and config."""
     command = str(result.get("command") or "")
     stopped = result.get("status") != "finished" and command
-    slim = part(result, "artifacts", "slim")
-    reload_ = reload_snippet(run_folder / str(slim)) if slim else ""
+    final = part(result, "artifacts", "tuned") or part(result, "artifacts", "slim")
+    reload_ = reload_snippet(run_folder / str(final)) if final else ""
     blocks = [
         tag("div", tag("h3", "Run it again"), tag("pre", command), class_="block") if command else None,
         tag("div", tag("h3", "Go on"), tag("pre", resume_command(command)), class_="block") if stopped else None,
-        tag("div", tag("h3", "Load the slim model"), tag("pre", reload_), class_="block") if reload_ else None,
+        tag("div", tag("h3", "Load the final model"), tag("pre", reload_), class_="block") if reload_ else None,
     ]
     config = part(result, "config")
     return join(

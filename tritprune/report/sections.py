@@ -44,6 +44,7 @@ MODELS = {
     "dense": "as trained, nothing pruned",
     "pruned": "masked, zeros still stored",
     "slim": "dead units cut away",
+    "tuned": "slim, trained further",
     "random control": "random units, same budget",
 }
 
@@ -245,13 +246,14 @@ def slimming(result: Result) -> Html | None:
             part(slim, "certificate"),
             "; ".join(filter(None, (str(part(slim, "loads") or ""), evened_out(result)))),
             items(result, "exports"),
+            number(result.get("after_slim")) or 0,
         ),
     ]
     parts.append(tag("div", _cuts(slim), _refused(slim), class_="two block"))
     return join(parts)
 
 
-def _certificate(certificate: Any, loads: str, exports: list[Mapping[str, Any]]) -> Html | None:
+def _certificate(certificate: Any, loads: str, exports: list[Mapping[str, Any]], after: float) -> Html | None:
     if not isinstance(certificate, Mapping):
         return None
     holds = bool(certificate.get("holds"))
@@ -269,6 +271,7 @@ def _certificate(certificate: Any, loads: str, exports: list[Mapping[str, Any]])
         if certificate.get("inputs") is None
         else f"{certificate.get('inputs')} fixed inputs, every output",
         "Outputs, SHA-256": certificate.get("outputs_sha256"),
+        "About": f"slim/ as it was cut; tuned/ is slim/ after {digits(after)} more steps of training" if after else "",
         "Loads with": loads,
         "Also as": "; ".join(_exported(made) for made in exports),
     }

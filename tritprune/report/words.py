@@ -198,6 +198,7 @@ def verdict(result: Result) -> str:
     if before is not None:
         sentences[0] += f" against {decimal(before)} dense ({difference(result, final)})"
     sentences.append(_size_and_speed(result))
+    sentences.append(_trained_on(result))
     if part(result, "slim", "certificate", "holds") is False:
         sentences.append("But its outputs differ from the pruned model's: do not use it")
     control = metric_of(result, row_of(result, "random control"))
@@ -222,6 +223,16 @@ def _size_and_speed(result: Result) -> str:
     pace = join(_speed_words(rates))
     rest = " and ".join(filter(None, (size, f"is {pace}" if pace else "")))
     return f"The slim model {rest}" if rest else ""
+
+
+def _trained_on(result: Result) -> str:
+    """What training after slimming was worth."""
+    steps, slim, tuned = number(result.get("after_slim")), row_of(result, "slim"), row_of(result, "tuned")
+    before, after = metric_of(result, slim), metric_of(result, tuned)
+    if not steps or before is None or after is None:
+        return ""
+    metric = primary_metric(result).replace("_", " ")
+    return f"{digits(steps)} steps after slimming took its {metric} from {decimal(before)} to {decimal(after)}"
 
 
 def _speed_words(rates: Mapping[str, tuple[float, str]]) -> list[str]:

@@ -16,9 +16,8 @@ from tritprune.errors import CertificateError, CheckpointError, TritpruneError
 from tritprune.export import load_model
 from tritprune.pruners import MaskSet
 from tritprune.slimming import certify, check_saved, count_parameters, saved_inputs, state_sha256
-from tritprune.training.driver import MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
-
-CERTIFICATE = "certificate.json"
+from tritprune.training.after_slim import SLIM_MASKS, TUNED, TUNING
+from tritprune.training.checkpoint import CERTIFICATE, MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,12 @@ class _Verification:
             yield self._held("slim/: the outputs of the certificate", lambda: self._outputs(SLIM))
         if PRUNED in self.models:
             yield self._held("pruned/: the outputs of the certificate", lambda: self._outputs(PRUNED))
-        if len(self.models) == 2:
+        if {PRUNED, SLIM} <= self.models.keys():
             yield self._held("slim/ against pruned/, module by module", self._modules)
+        if any((self.folder / name).exists() for name in (SLIM_MASKS, TUNED, TUNING)):
+            yield self._held(f"{TUNED}/: hashes, and the model loads", lambda: self._loads(TUNED))
+            if TUNED in self.models:
+                yield self._held(f"{TUNED}/: the certified slim model, trained further", self._trained_further)
 
     def _held(self, what: str, check: Callable[[], str]) -> Finding:
         try:
@@ -100,9 +103,12 @@ class _Verification:
         return content
 
     def _files(self) -> str:
-        recorded = self._read(CERTIFICATE).get("files")
+        return self._unchanged(self._read(CERTIFICATE).get("files"), CERTIFICATE)
+
+    def _unchanged(self, recorded: Any, record: str) -> str:
+        """Files against the hashes that a record keeps."""
         if not isinstance(recorded, dict) or not recorded:
-            raise CheckpointError(f"{CERTIFICATE} records no hashes of files: the run is of an older version")
+            raise CheckpointError(f"{record} records no hashes of files: the run is of an older version")
         for name, expected in recorded.items():
             path = self.folder / name
             if not path.is_file():
@@ -120,16 +126,25 @@ class _Verification:
         masks, model = MaskSet.load(self.folder / MASKS), self.models[PRUNED]
         if masks.digest() != pruning.get("digest"):
             raise CheckpointError(f"{MASKS} holds other masks than those that {PRUNING} recorded")
-        zeros = 0
-        for name, layer in masks.items():
-            weight = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.weight")
-            if weight is None or tuple(weight.shape) != layer.weight_shape:
-                raise CheckpointError(f"'{name}' of {PRUNED}/ is not the layer that its mask is for")
-            alive = int((weight.detach()[~layer.element_mask()] != 0).sum())
-            if alive:
-                raise CheckpointError(f"'{name}' has {alive:,} weights in {PRUNED}/ where its mask prunes")
-            zeros += layer.zeros()
+        zeros = _zeros(masks, model, PRUNED)
         return f"{zeros:,} weights in {len(masks)} layers are pruned and zero"
+
+    def _trained_further(self) -> str:
+        """From the certificate's slim model to the final one: hashes, the same shapes, zeros where masks prune."""
+        record, tuned = self._read(TUNING), self.models[TUNED]
+        certified = _at(self._read(CERTIFICATE), "models_sha256", "slim")
+        if record.get("slim_sha256") != certified:
+            raise CheckpointError(
+                f"{TUNING} says that {TUNED}/ came from another slim model than {CERTIFICATE} certifies"
+            )
+        self._unchanged(record.get("files"), TUNING)
+        if state_sha256(tuned) != record.get("tuned_sha256"):
+            raise CheckpointError(f"{TUNED}/ has other weights than those that {TUNING} recorded")
+        made, given = (self._read(f"{name}/manifest.json") for name in (TUNED, SLIM))
+        if any(made[key] != given[key] for key in ("class", "builder", "widths")):
+            raise CheckpointError(f"{TUNED}/manifest.json builds another model than {SLIM}/manifest.json")
+        zeros = _zeros(MaskSet.load(self.folder / SLIM_MASKS), tuned, TUNED)
+        return f"widths as in {SLIM}/, {count_parameters(tuned):,} parameters, {zeros:,} of them pruned and zero"
 
     def _outputs(self, name: str) -> str:
         cases = len(saved_inputs(self.folder))
@@ -161,3 +176,20 @@ def _at(record: dict[str, Any], *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _zeros(masks: MaskSet, model: nn.Module, where: str) -> int:
+    """How many weights the masks prune; each is held against the model.
+
+    Raises:
+        CheckpointError: a layer that the mask is not for, or a pruned weight that is not zero.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, layer in masks.items():
+        weight = weights.get(f"{name}.weight")
+        if weight is None or tuple(weight.shape) != layer.weight_shape:
+            raise CheckpointError(f"'{name}' of {where}/ is not the layer that its mask is for")
+        alive = int((weight.detach()[~layer.element_mask()] != 0).sum())
+        if alive:
+            raise CheckpointError(f"'{name}' has {alive:,} weights in {where}/ where its mask prunes")
+    return sum(layer.zeros() for layer in masks.values())
