@@ -189,7 +189,7 @@ class Attempt:
         task = get_task(config["task"])
         init_from = Path(config["init_from"]) if config["init_from"] else None
         model = starting_model(task, config["seed"], init_from)
-        plan = PrunerMaker(config, settings, task)(model).plan()
+        plan = PrunerMaker(config, settings, task, ahead=True)(model).plan()
         foresights = foresee(model, plan, task.placeholder_inputs()) if config["slimmer"]["tracer"] else []
         if config["plan"] == "json":
             self.console.print_json(json.dumps({**asdict(plan), "slimmer": [asdict(one) for one in foresights]}))

@@ -12,6 +12,7 @@ from tritprune.slimming.certificate import (
 from tritprune.slimming.keras_head import ClassifierHeadSearcherTF
 from tritprune.slimming.latency import Latency, measure, measure_together
 from tritprune.slimming.leftovers import Refusal
+from tritprune.slimming.made_inputs import make_inputs
 from tritprune.slimming.optimizer_state import Carried, slim_optimizer
 from tritprune.slimming.searchers import (
     ClassifierHeadSearcher,
@@ -44,6 +45,7 @@ __all__ = [
     "count_parameters",
     "get_attributes",
     "get_common_module",
+    "make_inputs",
     "measure",
     "measure_together",
     "model_slim",
