@@ -1,13 +1,15 @@
 """The operations of pruning: tensors in, tensors out. This is the table of them.
 
 Each has a reference in torch (``reference.py``, the specification) and twins of the same name and signature: loops for
-the CPU (``compiled.py``, numba) and Triton launchers (``triton/``), imported when needed; ``dispatch.py`` chooses.
+the CPU (``compiled/``, numba) and Triton launchers (``triton/``), imported when needed; ``dispatch.py`` chooses.
 
 | operation | what it does |
 |---|---|
 | accumulate_unit_scores_ | ``S <- alpha * S + beta * reduce_unit f(w, g)`` |
 | n_in_m_masks, n_in_m_group_scores | N of every M consecutive inputs go; what that costs |
 | kth_score, masks_from_threshold | the exact threshold for a budget of elements; the masks it gives |
+| crossing_units | the unit of each layer at which its floor or its cap is |
+| count_non_finite | NaNs and infinities |
 | apply_masks_ | zeros where a unit is pruned |
 | count_violations | elements of pruned units that are not zero |
 | mask_statistics | kept and changed units |
@@ -28,6 +30,8 @@ n_in_m_masks = Op(reference.n_in_m_masks, checks.n_in_m_masks)
 n_in_m_group_scores = Op(reference.n_in_m_group_scores, checks.n_in_m_group_scores)
 kth_score = Op(reference.kth_score, checks.kth_score)
 masks_from_threshold = Op(reference.masks_from_threshold, checks.masks_from_threshold)
+crossing_units = Op(reference.crossing_units, checks.crossing_units)
+count_non_finite = Op(reference.count_non_finite, checks.count_non_finite)
 apply_masks_ = Op(reference.apply_masks_, checks.apply_masks_, library.apply_masks_)
 count_violations = Op(reference.count_violations, checks.count_violations)
 masked_adamw_ = Op(reference.masked_adamw_, checks.masked_adamw_)
@@ -40,7 +44,9 @@ __all__ = [
     "UnitGrid",
     "accumulate_unit_scores_",
     "apply_masks_",
+    "count_non_finite",
     "count_violations",
+    "crossing_units",
     "get_backend",
     "kth_score",
     "mask_statistics",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tritprune.criteria import get_criterion
 from tritprune.errors import ConfigError
-from tritprune.kernels import UnitGrid
+from tritprune.kernels import UnitGrid, count_non_finite
 from tritprune.optim import WeightMask
 from tritprune.patterns import Block, WeightView, get_pattern, set_reduction
 from tritprune.pruners.budget import GroupBudget
@@ -20,7 +20,7 @@ from tritprune.pruners.regularizers import get_regularizer
 from tritprune.pruners.reports import LayerCount, measure, read_counts
 from tritprune.pruners.settings import SCORE_DTYPES, GroupSettings
 from tritprune.schedules import get_schedule
-from tritprune.selection import count_non_finite, normalize_scores
+from tritprune.selection import normalize_scores
 
 _SAMPLED_STEPS = 1000
 
@@ -166,7 +166,8 @@ class LayerGroup:
         """The masks that the schedule, the budget and the scores of ``step`` ask for. Nothing is read back."""
         assert self.scores is not None
         regrow = self.settings.regrow
-        known = [[torch.ones_like(mask) for mask in masks] for masks in self.masks] if regrow else self.masks
+        whole = torch.ones((), dtype=torch.bool, device=self.device)
+        known = [[whole.expand(mask.shape) for mask in masks] for masks in self.masks] if regrow else self.masks
         unit_scores = normalize_scores(
             [score.float() for score in self.pattern.all_unit_scores(self.sites, self.scores, known)],
             self.settings.normalize,
@@ -182,9 +183,9 @@ class LayerGroup:
 
     def select_units(self, step: int, unit_scores: list[Tensor], before: list[Tensor]) -> list[Tensor]:
         """The units of ``before`` that stay by the budget of ``step``: bool of the grid's shape, per site."""
-        pruned = [~kept for kept in before] if self.prunes and not self.settings.regrow else None
+        kept = before if self.prunes and not self.settings.regrow else None
         held = [any(view.name in self.without_gradient for view in site.views) for site in self.sites]
-        return self._budget.select(self.target_at(step), unit_scores, pruned, held)
+        return self._budget.select(self.target_at(step), unit_scores, kept, held)
 
     def proposal(
         self, keep: list[Tensor], masks: list[list[Tensor]], unit_scores: list[Tensor], before: list[Tensor]

@@ -187,7 +187,7 @@ class _Fade:
             [size.masked_fill(~going, math.inf) for size, going in zip(sizes, fading, strict=True)],
             [UnitGrid.of_blocks(view.shape, (1, 1)) for view in self.group.views],
             self._elements * share // self._shares,
-            pruned=[kept & ~partial for kept, partial in zip(now, self.partial or now, strict=True)],
+            kept=[partial | ~kept for kept, partial in zip(now, self.partial or now, strict=True)],
             check=False,
         )
         self.partial = [kept & stays for kept, stays in zip(now, keep, strict=True)]
