@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from tritprune.errors import CertificateError, CheckpointError, TritpruneError
-from tritprune.export import load_model
+from tritprune.errors import CertificateError, CheckpointError, MissingPackageError, TritpruneError
+from tritprune.export import FILES, check_artifact, load_model
 from tritprune.pruners import MaskSet
-from tritprune.slimming import certify, check_saved, count_parameters, saved_inputs, state_sha256
-from tritprune.training.driver import MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
+from tritprune.slimming import certify, check_saved, count_parameters, saved_cases, saved_inputs, state_sha256
+from tritprune.training.driver import EXPORTS, MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
 
 CERTIFICATE = "certificate.json"
 
@@ -83,6 +83,17 @@ class _Verification:
             yield self._held("pruned/: the outputs of the certificate", lambda: self._outputs(PRUNED))
         if len(self.models) == 2:
             yield self._held("slim/ against pruned/, module by module", self._modules)
+        try:
+            exported = self._exported()
+        except CheckpointError as error:
+            yield Finding(f"{EXPORTS}: what was made of slim/", False, str(error))
+            return
+        for kind, name in FILES.items():
+            if (self.folder / name).exists() or name in exported:
+                yield self._held(
+                    f"{name}: SHA-256, and the outputs of the certificate",
+                    lambda kind=kind, name=name: self._file(kind, exported.get(name)),
+                )
 
     def _held(self, what: str, check: Callable[[], str]) -> Finding:
         try:
@@ -107,9 +118,7 @@ class _Verification:
             path = self.folder / name
             if not path.is_file():
                 raise CheckpointError(f"{name} is missing")
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            if found != expected:
-                raise CheckpointError(f"{name} was changed: its SHA-256 is {found[:16]}..., not {expected[:16]}...")
+            _hashed(path, name, expected)
         return ", ".join(recorded)
 
     def _loads(self, name: str) -> str:
@@ -137,6 +146,29 @@ class _Verification:
             raise CertificateError(f"{name}/ does not give the outputs that {CERTIFICATE} certifies")
         return f"{cases} inputs, every output within the tolerance"
 
+    def _exported(self) -> dict[str, dict[str, Any]]:
+        """What the run recorded of the files that it made of the slim model, by name; empty if it made none."""
+        if not (self.folder / EXPORTS).is_file():
+            return {}
+        files = self._read(EXPORTS).get("files")
+        return {str(made["path"]): made for made in files or () if isinstance(made, dict) and "path" in made}
+
+    def _file(self, kind: str, recorded: dict[str, Any] | None) -> str:
+        name = FILES[kind]
+        path = self.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if recorded is None:
+            raise CheckpointError(f"{EXPORTS} knows nothing of {name}")
+        if not recorded.get("sha256"):
+            raise CheckpointError(f"{EXPORTS} records no hash of {name}: the run is of an older version")
+        _hashed(path, name, str(recorded["sha256"]))
+        try:
+            cases = saved_cases(self.folder)
+            return f"{len(cases)} inputs, largest difference {check_artifact(kind, path, cases):.1e}"
+        except MissingPackageError as error:
+            return f"SHA-256 as recorded; not run here: {error}"
+
     def _states(self) -> str:
         certificate, said = self._read(CERTIFICATE), list[str]()
         for name, model in self.models.items():
@@ -153,6 +185,13 @@ class _Verification:
         found = certify(self.models[PRUNED], self.models[SLIM], saved_inputs(self.folder))
         compared = sum(check.modules for check in found.checks)
         return f"{compared} module outputs within the tolerance, largest difference {found.largest_in_modules:.1e}"
+
+
+def _hashed(path: Path, name: str, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise CheckpointError(f"{name} was changed: its SHA-256 is {found[:16]}..., not {expected[:16]}...")
 
 
 def _at(record: dict[str, Any], *keys: str) -> Any:
