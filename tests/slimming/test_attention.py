@@ -100,15 +100,6 @@ def test_value_bias_of_a_dead_head_reaches_the_output_bias(randomised, kill):
     torch.testing.assert_close(result.model.output.bias, model.output.bias + moved)
 
 
-def test_one_head_stays_where_all_are_dead(randomised, kill):
-    model = randomised(Attention(fused))
-    kill(model.value, rows=slice(None))
-    result = slim_model(model, torch.randn(2, 5, WIDTH))
-    assert result.model.num_heads == 1
-    assert any("all heads are dead; one stays" in refusal.reason for refusal in result.refused)
-    assert_same(result.model, model, 2, 5, WIDTH)
-
-
 def test_part_of_a_head_is_refused(randomised, kill):
     model = randomised(Attention(fused))
     kill(model.value, rows=slice(0, 3))

@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tritprune
 from tritprune.errors import ConfigError, InterruptedRunError
+from tritprune.export import export_program
 from tritprune.pruners import MaskSet
 from tritprune.slimming import state_sha256
 from tritprune.training.settings import Phase
@@ -157,6 +159,19 @@ def test_a_tuned_model_is_verified_from_the_certificate_on(finished, tmp_path):
     assert said == f"'first' has {zeros} weights in tuned/ where its mask prunes"
     (said,) = broken("stranger", nothing, slim_sha256="0" * 64)
     assert said == "tuning.json says that tuned/ came from another slim model than certificate.json certifies"
+
+
+def test_a_program_is_held_against_the_tuned_model_not_against_the_certificate(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    inputs = ToyTask().model_inputs(ToyTask().example_inputs(2))
+
+    def made_of(name):
+        made = replace(export_program(tritprune.load(folder / name), inputs, folder / "tuned.pt2"), path="tuned.pt2")
+        (folder / "exports.json").write_text(json.dumps({"files": [vars(made)]}))
+        return next(finding for finding in verify_run(folder) if finding.what.startswith("tuned.pt2"))
+
+    assert made_of("tuned").holds
+    assert "tuned.pt2's outputs are not the saved model's" in made_of("slim").detail
 
 
 def test_a_run_that_was_stopped_before_its_final_model_does_not_verify(finished, tmp_path):

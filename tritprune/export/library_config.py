@@ -7,7 +7,9 @@ or, where the library allows it, one for each layer.
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from tritprune.errors import ConfigError
+from tritprune.slimming.removal import RemovedAttention
 
 FEED_FORWARD_FIELDS = (
     *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "n_inner", "d_ff"),
@@ -42,11 +45,13 @@ class Description:
         config: to be stored beside the weights.
         complete: whether ``from_pretrained`` builds the model from it.
         because: why, or why not, in a sentence's second half.
+        evens_out: whether :func:`even_widths` can make a model that a configuration describes.
     """
 
     config: Any
     complete: bool
     because: str
+    evens_out: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,12 @@ def describe(model: nn.Module, library_class: Any) -> Description:
     try:
         wanted = _differences(_shapes(config, library_class), model)
     except ConfigError as error:
-        return Description(config, False, str(error))
+        return Description(config, False, str(error), evens_out=False)
+    removed = removed_attentions(model)
+    if removed:
+        more = f" and {len(removed) - 1} more" if len(removed) > 1 else ""
+        because = f"the attention {removed[0]} was removed{more}, and no value of {name} says so"
+        return Description(config, False, because)
     fields = list(sized_fields(config, library_class, model))
     candidate, said = copy.deepcopy(config), []
     for sized in fields:
@@ -138,7 +148,8 @@ def even_widths(model: nn.Module, library_class: Any) -> tuple[nn.Module, dict[s
     """A copy of a slim model whose layers have the same widths, so that its configuration can say them.
 
     Each width becomes the largest that a layer has, or the bare model's where the configuration ties it to something
-    else; the units that come back have zero weights and zero biases, at the end, so nothing reads or feeds them.
+    else; the units that come back have zero weights and zero biases, at the end, so nothing reads or feeds them. An
+    attention that was removed comes back with all of its weights zero.
 
     Returns:
         The model, built by the library, and the values that its configuration now says.
@@ -148,6 +159,7 @@ def even_widths(model: nn.Module, library_class: Any) -> tuple[nn.Module, dict[s
     """
     config: Any = copy.deepcopy(model.config)
     wanted = _differences(_shapes(config, library_class), model)
+    blocks = tuple(f"{name}." for name in removed_attentions(model))
     groups = {int(g) for m in model.modules() if isinstance(g := vars(m).get("num_key_value_groups"), int)}
     if len(groups) > 1:
         raise ConfigError(f"its layers have groups of {', '.join(map(str, sorted(groups)))} heads per key and value")
@@ -162,10 +174,13 @@ def even_widths(model: nn.Module, library_class: Any) -> tuple[nn.Module, dict[s
             )
             if _failure(trial, library_class) is None:
                 config, said = trial, said | {sized.field: width}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), of_no_width():
         even = library_class(config)
     own = model.state_dict(keep_vars=True)
     for name, tensor in even.state_dict(keep_vars=True).items():
+        if name not in own and name.startswith(blocks):  # a removed attention comes back as zeros
+            tensor.data = torch.zeros_like(tensor)
+            continue
         given = own[name].detach()
         small = [size for size, have in zip(tensor.shape, given.shape, strict=True) if size < have]
         if small:
@@ -256,10 +271,18 @@ def _failure(config: Any, library_class: Any) -> str | None:
     return None
 
 
+@contextmanager
+def of_no_width() -> Iterator[None]:
+    """Without PyTorch's warning that a layer of width 0 has nothing to initialise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+        yield
+
+
 def _built(config: Any, library_class: Any) -> nn.Module:
     """The bare model without storage; configurations are read back as ``from_pretrained`` would, checks included."""
     again = type(config).from_dict(config.to_dict())
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), of_no_width():
         return library_class(again)
 
 
@@ -268,11 +291,18 @@ def _shapes(config: Any, library_class: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _differences(bare: Mapping[str, tuple[int, ...]], model: nn.Module) -> dict[Place, tuple[int, int]]:
-    """Where the slim model is of another size: place -> (bare, slim)."""
+    """Where the slim model is of another size: place -> (bare, slim); removed attentions left out.
+
+    Raises:
+        ConfigError: a parameter that only one of the two has, or that has another number of dimensions.
+    """
+    removed = tuple(f"{name}." for name in removed_attentions(model))
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in [*own, *bare]:
         if name not in bare:
             raise ConfigError(f"{name} was added to keep the outputs, and the library's model has no such parameter")
+        if name not in own and name.startswith(removed):
+            continue
         if name not in own:
             raise ConfigError(f"{name} of the library's model is gone")
         if len(bare[name]) != len(own[name]):
@@ -283,6 +313,11 @@ def _differences(bare: Mapping[str, tuple[int, ...]], model: nn.Module) -> dict[
         for dimension, size in enumerate(shape)
         if size != bare[name][dimension]
     }
+
+
+def removed_attentions(model: nn.Module) -> list[str]:
+    """Dotted names of the attentions that were removed."""
+    return [name for name, module in model.named_modules() if isinstance(module, RemovedAttention)]
 
 
 def _head_numbers(module: nn.Module) -> dict[str, int | float]:

@@ -299,7 +299,7 @@ def _cuts(slim: Mapping[str, Any]) -> Html:
             tag(
                 "tr",
                 tag("td", tag("code", cut.get("where"))),
-                tag("td", f"{digits(cut.get('before'))} → {digits(cut.get('after'))}"),
+                tag("td", f"{digits(cut.get('before'))} → {digits(cut.get('after'))}{_block(cut)}"),
             )
             for cut in cuts
         ]
@@ -311,6 +311,10 @@ def _cuts(slim: Mapping[str, Any]) -> Html:
     lead = f"Looked at: {', '.join(f'{times} {kind}' for kind, times in found.items())}." if found else ""
     empty = None if blocks else tag("p", "Nothing: no unit of this mask is dead as a whole.")
     return tag("div", tag("h3", "Cut"), tag("p", lead, class_="note") if lead else None, empty, *blocks, class_="block")
+
+
+def _block(cut: Mapping[str, Any]) -> str:
+    return ", block removed" if cut.get("after") == 0 else ""
 
 
 def _refused(slim: Mapping[str, Any]) -> Html | None:

@@ -6,6 +6,7 @@ from tritprune.slimming.certificate import (
     certify,
     check_saved,
     count_parameters,
+    saved_cases,
     saved_inputs,
     state_sha256,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "model_slim",
     "parse_auto_slim_config",
     "print_iterables",
+    "saved_cases",
     "saved_inputs",
     "slim",
     "slim_model",

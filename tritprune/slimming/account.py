@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tritprune.slimming.removal import RemovedAttention
+
 Selections = dict[str, dict[int, Tensor]]
 """Parameter or buffer -> {dimension: int64 indices into it as it was, in the order kept}, for what was cut."""
 
@@ -41,11 +43,17 @@ def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
         ``{"layers": {module: {"tensors": {name: shape or None}, "sizes": {attribute: number or list}}},
         "attributes": {module: {attribute: number}}}``: own tensors of a module that have another shape, or are new, or
         gone (None); the attributes of :data:`SIZES` that changed; and all other counts that changed, as those of heads.
+        Where attentions were removed, also ``"removed": {module: {"output": name or None, "returns": number}}``: the
+        arguments of :class:`tritprune.slimming.removal.RemovedAttention`.
     """
     layers: dict[str, dict[str, Any]] = {}
     attributes: dict[str, dict[str, Any]] = {}
+    removed: dict[str, dict[str, Any]] = {}
     old = dict(before.named_modules())
     for name, module in after.named_modules():
+        if isinstance(module, RemovedAttention):
+            removed[name] = {"output": module.output, "returns": module.returns}
+            continue
         was, now = _own_tensors(old[name]), _own_tensors(module)
         tensors = {key: shape for key, shape in now.items() if was.get(key, None) != shape}
         counts = dict(_changed_counts(old[name], module))
@@ -54,7 +62,7 @@ def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
             layers[name] = {"tensors": tensors, "sizes": sizes}
         if len(counts) > len(sizes):
             attributes[name] = {key: value for key, value in counts.items() if key not in SIZES}
-    return {"layers": layers, "attributes": attributes}
+    return {"layers": layers, "attributes": attributes} | ({"removed": removed} if removed else {})
 
 
 def _own_tensors(module: nn.Module) -> dict[str, list[int] | None]:

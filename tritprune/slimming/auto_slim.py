@@ -129,8 +129,9 @@ def model_slim(
     slim = slim_model(model, inputs, **settings).model
     if not in_place:
         return slim
-    for name, module in model.named_modules():
-        slim.get_submodule(name).training = module.training
+    given = dict(model.named_modules())
+    for name, module in slim.named_modules():
+        module.training = given[name].training
     vars(model).update(vars(slim))  # one step of the interpreter: the whole slim model or none of it
     return model
 

@@ -174,7 +174,7 @@ def check_saved(model: nn.Module, folder: str | Path) -> bool:
         CheckpointError: the certificate is missing or damaged.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    for inputs, expected in _load(Path(folder)):
+    for inputs, expected in saved_cases(folder):
         placed = inputs.with_tensors({name: tensor.to(device) for name, tensor in inputs.tensors().items()})
         try:
             with evaluating(model):
@@ -192,13 +192,19 @@ def saved_inputs(folder: str | Path) -> list[ModelInputs]:
     Raises:
         CheckpointError: the certificate is missing or damaged.
     """
-    return [inputs for inputs, _ in _load(Path(folder))]
+    return [inputs for inputs, _ in saved_cases(folder)]
 
 
-def _load(folder: Path) -> list[tuple[ModelInputs, dict[str, Tensor]]]:
+def saved_cases(folder: str | Path) -> list[tuple[ModelInputs, dict[str, Tensor]]]:
+    """The inputs of the certificate that was saved in ``folder``, and the slim model's outputs on each of them.
+
+    Raises:
+        CheckpointError: the certificate is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    folder = Path(folder)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tritprune.slimming.attention import Attention
 from tritprune.slimming.forms import distinct
 from tritprune.slimming.linears import is_linear
-from tritprune.slimming.places import Place, count_heads, first_atoms
+from tritprune.slimming.places import Place, count_heads, first_atoms, is_empty
 from tritprune.slimming.units import Units
 from tritprune.slimming.walk import Walk
 
@@ -35,7 +35,11 @@ def explain_leftovers(units: Units, places: list[Place]) -> list[Refusal]:
     told = np.zeros(units.weights.size, bool)
     refusals = [*_kept_units(units, places, told), *_dead_heads(units, places, told)]
     heads = {place.family for place in places if place.attentions}
+    attentions = [attention for place in places for attention in place.attentions]
+    empty = {name for attention in attentions if is_empty(units, attention) for name in attention.feeding}
     for name, module in units.model.named_modules():
+        if name in empty:
+            continue
         if is_linear(module) or isinstance(module, nn.modules.conv._ConvNd):
             refusals += _of_layer(units, walk, name, module, why, told, heads)
     return refusals
@@ -54,6 +58,9 @@ def _kept_units(units: Units, places: list[Place], told: np.ndarray) -> list[Ref
         for reason, count in reasons.items():
             if place.attentions:
                 text = reason.replace("units", "heads")
+                left = count_heads(units, place.attentions[0]).after
+                if left > 1:  # of grouped queries, those of one key
+                    text = text.replace("one stays", f"{left} stay, which share a key")
                 kind, where = "heads", place.attentions[0].where
             else:
                 kind, where, text = "units", place.readers[0], reason
@@ -112,6 +119,8 @@ def _of_layer(
     for kind, dim in (("rows", int(turned)), ("columns", 1 - int(turned))):
         atoms = units.dims[parameter, dim]
         gone = units.weights.gone[atoms]
+        if units.weights.gone_of(parameter, 1 - dim).all():  # nothing is left of the weight
+            continue
         zero = units.weights.zeros(parameter, dim) & ~gone
         reasons: dict[str, int] = {}
         for atom in atoms[zero].tolist():
@@ -141,6 +150,12 @@ def _shared(units: Units, atom: int) -> str | None:
 def _of_living(units: Units, kind: str, atom: int, why: dict[int, str], heads: set[int]) -> str:
     """Why a row or column of zeros is part of a unit that is needed."""
     unit = int(units.unit[atom])
+    if (
+        (units.unit == unit).sum() == 1
+        and unit not in why
+        and any(len(atoms) == 1 and atoms[0] == atom for atoms in units.dims.values())
+    ):
+        return "a width of 1 is not followed"
     if int(units.family[atom]) in heads:
         return "they belong to heads that stay, and all heads have the same size"
     if unit not in why:

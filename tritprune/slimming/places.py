@@ -11,6 +11,7 @@ from tritprune.slimming.forms import Array, distinct
 from tritprune.slimming.nodes import Value
 from tritprune.slimming.surgery import set_counts
 from tritprune.slimming.units import Units
+from tritprune.slimming.walk import Reader
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Cut:
         where: dotted name: of the layer that reads the units, of the convolution that makes the channels, or of the
             attention module.
         before: number of units before.
-        after: number of units after.
+        after: number of units after; 0 where nothing is left of the block but a bias.
         unit: "unit", "channel" or "head".
     """
 
@@ -100,8 +101,12 @@ def find_places(units: Units) -> list[Place]:
 
 def _families(units: Units, attention: Attention) -> list[int]:
     """The families of what the output linear of an attention reads."""
-    atoms = [r.group.atoms for r in units.walk.readers if _layer(r.weight) == attention.output]
+    atoms = [reader.group.atoms for reader in _output_readers(units, attention)]
     return distinct(units.family[np.concatenate(atoms)]).tolist() if atoms else []
+
+
+def _output_readers(units: Units, attention: Attention) -> list[Reader]:
+    return [reader for reader in units.walk.readers if _layer(reader.weight) == attention.output]
 
 
 def _layer(parameter: str) -> str:
@@ -116,7 +121,6 @@ class Heads:
         before, after: number of query heads.
         keys_before, keys_after: number of key and value heads.
         size: size of a head.
-        dead: how many query heads nothing needs.
     """
 
     before: int
@@ -135,7 +139,15 @@ def count_heads(units: Units, attention: Attention) -> Heads:
     before = len(queries) if queries is not None else attention.heads
     after = int((~gone[queries]).sum()) if queries is not None else before
     shared = 1 if keys is None else len(keys)
+    if is_empty(units, attention):
+        return Heads(before, 0, shared, 0, size)
     return Heads(before, after, shared, shared if keys is None else int((~gone[keys]).sum()), size)
+
+
+def is_empty(units: Units, attention: Attention) -> bool:
+    """Whether nothing is left of what the output linear of an attention reads."""
+    atoms = [reader.group.atoms for reader in _output_readers(units, attention)]
+    return bool(atoms) and bool(units.weights.gone[np.concatenate(atoms)].all())
 
 
 def first_atoms(units: Units, value: Value) -> Array | None:

@@ -38,12 +38,14 @@ class Units:
         pinned: unit -> why it must stay.
         kept: unit -> why it stays although it is dead.
         forbidden: families that must stay as they are, with the reason.
+        one_stays: families that keep a unit where all are dead, with the reason.
     """
 
     model: nn.Module
     graph: Graph
     round_to: int = 1
     forbidden: dict[int, str] = field(default_factory=dict)
+    one_stays: dict[int, str] = field(default_factory=dict)
     kept: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +85,10 @@ class Units:
                 why.setdefault(unit, reason)
         dead = (read & ~alive)[self.unit]
         return dead, why
+
+    def emptied(self, family: int) -> bool:
+        """Whether all units of a family were taken away."""
+        return bool(self.weights.gone[self.members(family)].all())
 
     def members(self, family: int) -> list[int]:
         """The units of a family."""
@@ -136,7 +142,7 @@ class Units:
         return {node.index for node in self.graph.readers_of_parameter(bias)} <= own
 
     def _to_go(self, walk: Walk) -> Array:
-        """The units to take away now, one kept in each dimension that would lose its last."""
+        """The units to take away now, one kept in each dimension that would lose its last and must not."""
         size = len(self.weights.gone)
         dead, _ = self.dead(walk)
         stay = self._those((*self.pinned, *self.kept))[self.unit] | self._those(tuple(self.forbidden))[self.family]
@@ -149,9 +155,11 @@ class Units:
                 left = ~self.weights.gone[atoms]
                 if left.any() and not (left & ~going[atoms]).any():
                     last = int(self.unit[atoms[left]].min())
-                    self.kept[last] = "all units are dead; one stays, so that the layer keeps a width"
-                    going &= self.unit[:size] != last
-                    changed = True
+                    reason = self.one_stays.get(int(self.family[last]))
+                    if reason is not None:
+                        self.kept[last] = f"all units are dead; one stays: {reason}"
+                        going &= self.unit[:size] != last
+                        changed = True
             if not changed and not (self.round_to > 1 and self._round(going)):
                 return distinct(self.unit[:size][going])
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tritprune.errors import CertificateError, CheckpointError, TritpruneError
-from tritprune.export import load_model
+from tritprune.errors import CertificateError, CheckpointError, MissingPackageError, TritpruneError
+from tritprune.export import FILES, check_artifact, load_model
 from tritprune.pruners import MaskSet
-from tritprune.slimming import certify, check_saved, count_parameters, saved_inputs, state_sha256
+from tritprune.slimming import certify, check_saved, count_parameters, saved_cases, saved_inputs, state_sha256
+from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
 from tritprune.training.after_slim import SLIM_MASKS, TUNED, TUNING
-from tritprune.training.checkpoint import CERTIFICATE, MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
+from tritprune.training.checkpoint import CERTIFICATE, EXPORTS, MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,19 @@ class _Verification:
             yield self._held(f"{TUNED}/: hashes, and the model loads", lambda: self._loads(TUNED))
             if TUNED in self.models:
                 yield self._held(f"{TUNED}/: the certified slim model, trained further", self._trained_further)
+        try:
+            exported = self._exported()
+        except CheckpointError as error:
+            yield Finding(f"{EXPORTS}: what was made of slim/", False, str(error))
+            return
+        for kind, slim_file in FILES.items():
+            for model in (SLIM, TUNED):
+                name = slim_file.replace(SLIM, model)
+                if (self.folder / name).exists() or name in exported:
+                    yield self._held(
+                        f"{name}: SHA-256, and the outputs of {model}/",
+                        lambda kind=kind, name=name, model=model: self._file(kind, name, model, exported.get(name)),
+                    )
 
     def _held(self, what: str, check: Callable[[], str]) -> Finding:
         try:
@@ -113,9 +127,7 @@ class _Verification:
             path = self.folder / name
             if not path.is_file():
                 raise CheckpointError(f"{name} is missing")
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            if found != expected:
-                raise CheckpointError(f"{name} was changed: its SHA-256 is {found[:16]}..., not {expected[:16]}...")
+            _hashed(path, name, expected)
         return ", ".join(recorded)
 
     def _loads(self, name: str) -> str:
@@ -152,6 +164,36 @@ class _Verification:
             raise CertificateError(f"{name}/ does not give the outputs that {CERTIFICATE} certifies")
         return f"{cases} inputs, every output within the tolerance"
 
+    def _exported(self) -> dict[str, dict[str, Any]]:
+        """What the run recorded of the files that it made of the slim model, by name; empty if it made none."""
+        if not (self.folder / EXPORTS).is_file():
+            return {}
+        files = self._read(EXPORTS).get("files")
+        return {str(made["path"]): made for made in files or () if isinstance(made, dict) and "path" in made}
+
+    def _file(self, kind: str, name: str, model: str, recorded: dict[str, Any] | None) -> str:
+        path = self.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if recorded is None:
+            raise CheckpointError(f"{EXPORTS} knows nothing of {name}")
+        if not recorded.get("sha256"):
+            raise CheckpointError(f"{EXPORTS} records no hash of {name}: the run is of an older version")
+        _hashed(path, name, str(recorded["sha256"]))
+        try:
+            cases = saved_cases(self.folder)
+            if model == TUNED:
+                cases = [(inputs, self._outputs_now(TUNED, inputs)) for inputs, _ in cases]
+            return f"{len(cases)} inputs, largest difference {check_artifact(kind, path, cases):.1e}"
+        except MissingPackageError as error:
+            return f"SHA-256 as recorded; not run here: {error}"
+
+    def _outputs_now(self, name: str, inputs: ModelInputs) -> dict[str, Tensor]:
+        if name not in self.models:
+            raise CheckpointError(f"{name}/ does not load, so there is nothing to compare with")
+        with evaluating(self.models[name]):
+            return tensors_of(inputs.call(self.models[name]))
+
     def _states(self) -> str:
         certificate, said = self._read(CERTIFICATE), list[str]()
         for name, model in self.models.items():
@@ -168,6 +210,13 @@ class _Verification:
         found = certify(self.models[PRUNED], self.models[SLIM], saved_inputs(self.folder))
         compared = sum(check.modules for check in found.checks)
         return f"{compared} module outputs within the tolerance, largest difference {found.largest_in_modules:.1e}"
+
+
+def _hashed(path: Path, name: str, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise CheckpointError(f"{name} was changed: its SHA-256 is {found[:16]}..., not {expected[:16]}...")
 
 
 def _at(record: dict[str, Any], *keys: str) -> Any:
