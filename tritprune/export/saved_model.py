@@ -26,6 +26,7 @@ from tritprune.errors import CheckpointError, ConfigError, MissingPackageError, 
 from tritprune.export.library_config import describe, even_widths
 from tritprune.registry import did_you_mean, models
 from tritprune.slimming import SlimResult
+from tritprune.slimming.surgery import settle
 
 FORMAT = 1
 WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
@@ -362,6 +363,7 @@ def _resize(model: nn.Module, widths: Mapping[str, Any]) -> None:
         _set_counts(module, name, layer["sizes"])
     for name, counts in widths["attributes"].items():
         _set_counts(model.get_submodule(name), name, counts)
+    settle(model)
 
 
 def _linears(linears: Mapping[str, Any]) -> dict[str, Any]:
