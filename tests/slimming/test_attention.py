@@ -285,25 +285,6 @@ def test_query_heads_go_alone_where_all_share_one_key_head(tracer, randomised, k
     assert_same(result.model, model, 3, 7, WIDTH)
 
 
-def test_pytorchs_own_attention_is_left_alone(randomised):
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x, x, need_weights=False)[0]
-
-    model = randomised(Wrapped())
-    with torch.no_grad():
-        model.attention.out_proj.weight[:, :4] = 0
-    result = slim_model(model, torch.randn(2, 5, WIDTH))
-    assert result.cuts == []
-    (refusal,) = result.refused
-    assert refusal.where == "attention"
-    assert refusal.reason.startswith("1 of 3 heads are dead but stay: the model does not run without them")
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_bert_attention_is_found(implementation, make_bert, tokens):
     model = make_bert(attn_implementation=implementation)

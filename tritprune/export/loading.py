@@ -16,6 +16,7 @@ from tritprune.errors import CheckpointError, ConfigError, TritpruneError
 from tritprune.export.builders import build_bare, check_builder, check_class
 from tritprune.export.saved_model import CONFIG, FORMAT, MANIFEST, WEIGHTS, sha256_of
 from tritprune.slimming.removal import Removal, remove
+from tritprune.slimming.surgery import settle
 
 
 def load_model(
@@ -126,6 +127,7 @@ def _resize(model: nn.Module, widths: Mapping[str, Any]) -> None:
         _set_counts(module, name, layer["sizes"])
     for name, counts in widths["attributes"].items():
         _set_counts(model.get_submodule(name), name, counts)
+    settle(model)
 
 
 def _linears(linears: Mapping[str, Any]) -> dict[str, Any]:

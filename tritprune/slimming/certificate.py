@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tritprune.errors import CertificateError, CheckpointError, RunFolderError
 from tritprune.slimming.comparison import TOLERANCES, Difference, difference, largest_difference, sha256
 from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
+from tritprune.slimming.multihead import SlimMultiheadAttention
 
 RECORD, TENSORS = "certificate.json", "certificate.safetensors"
 RULE = "max |masked - slim| <= tolerance * max(1, max |masked|), per tensor"
@@ -292,6 +293,8 @@ def _run(
     def watch(name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
+            if isinstance(module, SlimMultiheadAttention):
+                output = output[:1]  # the probabilities are those of the heads that are left
             seen.update({f"{name}#{calls[name]}/{path}": tensor for path, tensor in tensors_of(output).items()})
 
         return hook

@@ -6,7 +6,7 @@ each use of a parameter or buffer under its dotted name, arithmetic on sizes com
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,9 @@ __all__ = ["TRACERS", "Graph", "Node", "Value", "trace"]
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, AssertionError)
 PASSING = ("lift_fresh", "lift_fresh_copy", "detach", "detach_", "alias", "clone", "contiguous")
 """Operations that hand on a constant as it is."""
+
+FUNCTIONAL = Path(str(torch.nn.functional.__file__))
+"""Its code computes Python numbers from sizes alone."""
 
 PLUMBING = ("_assert_tensor_metadata", "_assert_scalar", "size", "sym_size", "dim", "numel", "stride")
 """Operations whose results are no tensors with units: they are computed or left out."""
@@ -186,7 +189,20 @@ class _Recorder:
         )
 
     def graph(self, inputs: list[str], outputs: dict[str, str]) -> Graph:
-        return Graph(tuple(self.nodes), frozenset(inputs), outputs, self.parameters)
+        needed = _needed(self.nodes, outputs)
+        nodes = tuple(replace(node, index=position) for position, node in enumerate(needed))
+        return Graph(nodes, frozenset(inputs), outputs, self.parameters)
+
+
+def _needed(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
+    """The operations that lead to an output or write in place; what the model computes and throws away is left out."""
+    read = set(outputs)
+    kept: list[Node] = []
+    for node in reversed(nodes):
+        if node.in_place or any(value.name in read for value in node.outputs):
+            read |= {value.name for value in node.operands()}
+            kept.append(node)
+    return kept[::-1]
 
 
 def _one_convolution(kind: str, inputs: tuple[Value, ...]) -> tuple[str, tuple[Value, ...]]:
@@ -195,6 +211,8 @@ def _one_convolution(kind: str, inputs: tuple[Value, ...]) -> tuple[str, tuple[V
     if kind in ("_convolution", "convolution"):
         return "convolution", inputs[:9]
     if kind in ("conv1d", "conv2d", "conv3d"):
+        return "convolution", (*inputs[:6], *off, inputs[6])
+    if kind == "_convolution_mode":  # padding by a word
         return "convolution", (*inputs[:6], *off, inputs[6])
     if kind in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
         x, weight, bias, stride, padding, output_padding, groups, dilation = inputs
@@ -231,6 +249,8 @@ def _trace_with_jit(model: nn.Module, inputs: ModelInputs, scopes: _Scopes) -> G
             forward, (*tensors.values(), *(t.detach() for t in own.values())), check_trace=False, strict=False
         )
     for warning in said:
+        if Path(warning.filename) == FUNCTIONAL:
+            continue
         if "to a Python number" in str(warning.message) or "to a Python float" in str(warning.message):
             raise TraceError(
                 f"{type(model).__name__} computes a Python number from its data ({Path(warning.filename).name}, line "
@@ -322,6 +342,8 @@ def _computed(kind: str, raw: Any, read: tuple[Value, ...]) -> tuple[Any] | None
     try:
         if kind in ("add", "sub", "rsub"):
             return (operation(*numbers[:2], alpha=numbers[2]),)
+        if kind == "div" and len(numbers) > 2:
+            return (operation(*numbers[:2], rounding_mode=numbers[2]),)
         return (operation(*numbers),)
     except FAILURES:  # no arithmetic after all: an operation that makes a tensor from numbers in another way
         return None

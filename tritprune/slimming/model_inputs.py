@@ -76,6 +76,8 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
 
 
 def _collect(value: Any, path: str, found: dict[str, Tensor], seen: set[int]) -> None:
+    if isinstance(value, Tensor) and value.is_nested:
+        value = value.unbind()  # sequences of different lengths
     if isinstance(value, Tensor):
         found[path or "output"] = value
         return

@@ -65,7 +65,7 @@ def expand(walk: Walk, node: Node) -> Form:
 def take(form: Form, dim: int, index: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> Form:
     """The entries ``index`` of dimension ``dim``."""
     groups = tuple(g.taken(dim, index).simplified() if dim in g.dims else g for g in form.groups)
-    return Form(shape, groups, form.free, form.sums_to_one and dim != form.rank - 1)
+    return Form(shape, groups, form.free, form.sums_to_one and dim != form.rank - 1, form.weight)
 
 
 def dropped(form: Form, dim: int, shape: tuple[int, ...]) -> Form:
@@ -159,7 +159,11 @@ def concatenate(walk: Walk, node: Node) -> Form | None:
 def _common(walk: Walk, node: Node, parts: list[tuple[Form, tuple[Group, ...]]]) -> list[Group] | None:
     """The groups that all parts share: what goes from one goes from all."""
     made = list(parts[0][1])
-    for _, groups in parts[1:]:
+    named = {dim for group in made for dim in group.dims}
+    for part, groups in parts[1:]:
+        if not groups and named <= part.free:  # as many as the others have: rows of one number
+            made = [group.unknown() for group in made]
+            continue
         if {frozenset(g.dims) for g in groups} != {frozenset(g.dims) for g in made}:
             return None
         for k, group in enumerate(made):

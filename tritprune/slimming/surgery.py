@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tritprune.slimming.account import Selections, selected
+from tritprune.slimming.multihead import SlimMultiheadAttention, adapt
 from tritprune.slimming.weights import Weights
 
 HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "num_q_heads")
@@ -56,6 +57,7 @@ def cut(model: nn.Module, weights: Weights, selections: Selections) -> None:
                     data = new[name] = nn.Parameter(data.to(like.dtype), requires_grad=like.requires_grad)
                 table[key] = data  # type: ignore[assignment]
         resize(module)
+    settle(model)
 
 
 def _all_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -89,6 +91,12 @@ def resize(module: nn.Module) -> None:
             return
     if type(module).__name__ == "Conv1D" and weight.dim() == 2 and hasattr(module, "nf"):
         module.nx, module.nf = weight.shape  # type: ignore[assignment]
+
+
+def settle(model: nn.Module) -> None:
+    """After tensors were given other shapes: let each layer compute with those that it has now."""
+    for module in model.modules():
+        adapt(module)
 
 
 def _convolution(module: Any, weight: Tensor) -> dict[str, int]:
@@ -127,6 +135,8 @@ def set_counts(modules: Iterable[nn.Module], changes: Mapping[str, tuple[int, in
     for module in modules:
         done: set[str] = set()
         for names, before, after in named:
+            if names is HEAD_WIDTHS and isinstance(module, SlimMultiheadAttention):
+                continue  # its width is that of the stream
             chosen = (
                 names if style != "all" else [name for name in vars(module) if "layer" not in name and "id" not in name]
             )
