@@ -2,7 +2,7 @@
 
 from tritprune.export.artifacts import EXPORTERS, FILES, Artifact, check_artifact, export_onnx, export_program, require
 from tritprune.export.builders import builder_of
-from tritprune.export.library_config import even_widths
+from tritprune.export.even_widths import even_widths
 from tritprune.export.loading import load_model, loads_with
 from tritprune.export.saved_model import save, save_model
 

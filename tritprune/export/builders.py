@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tritprune.errors import CheckpointError, ConfigError, MissingPackageError, TritpruneError
-from tritprune.export.library_config import of_no_width
+from tritprune.export.config_fields import of_no_width
 from tritprune.registry import did_you_mean, models
 
 KINDS = ("registered", "transformers", "class")

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from tritprune.errors import ConfigError, RunFolderError
 from tritprune.export.builders import builder_of, check_builder, own_class
-from tritprune.export.library_config import describe, even_widths
+from tritprune.export.even_widths import even_widths
+from tritprune.export.library_config import describe
 from tritprune.slimming import SlimResult
 
 FORMAT = 1
