@@ -167,6 +167,32 @@ def test_pattern_labels(result: dict[str, Any]) -> None:
     assert label() == "run"
 
 
+def test_each_pattern_has_its_own_sparsity_in_the_headline(result: dict[str, Any]) -> None:
+    result["layers"] = [
+        {"pattern": "head", "unit": "head", "zeros": 3, "elements": 9},
+        {"pattern": "channelx1", "unit": "384x1", "zeros": 5, "elements": 10},
+        {"pattern": "head", "unit": "head", "zeros": 0, "elements": 3},
+    ]
+    assert words.verdict(result).startswith("heads at 25% and channelx1 at 50%: accuracy 0.697 against")
+    del result["layers"][1]
+    assert words.verdict(result).startswith("heads at 90%: ")  # of one pattern, the share of the table
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "kind"),
+    [(1.52, 1.31, 1.7, "faster"), (1.52, 0.9, 1.7, "as fast"), (0.8, 0.7, 0.9, "slower"), (0.98, 0.7, 1.0, "as fast")],
+)
+def test_rounds_decide_on_the_speed_where_there_are_ratios(
+    result: dict[str, Any], ratio: float, low: float, high: float, kind: str
+) -> None:
+    """However wide the spread: the machine was as busy for both models of a round."""
+    timed(result["rows"][0], 100.0, 10.0, 1000.0)
+    timed(result["rows"][2], 100.0, 10.0, 1000.0)
+    for batch in ("1", "32"):
+        result["rows"][2]["latency"][batch] |= {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+    assert words.speed(result, "32") == (ratio, kind)
+
+
 def test_sampling_note(result: dict[str, Any]) -> None:
     assert "about 2.2 points" in words.sampling_note(result)
     result["data"]["n_eval"] = None

@@ -36,6 +36,20 @@ def test_percentiles(monkeypatch):
     assert (found.p10_ms, found.median_ms, found.p90_ms, found.repeats) == (2000.0, 6000.0, 10000.0, 11)
 
 
+def test_rounds_are_compared_each_with_itself(monkeypatch):
+    """A machine that is between one and forty times as busy from round to round: half the time is half the time."""
+    busy = [1, 40, 3, 1, 20, 2, 7, 1, 30, 5, 2]
+    taken = [value for factor in busy for value in (2.0 * factor, 1.0 * factor)]
+    taken[2 * 5 + 1] *= 3  # one round went the other way
+    clock = iter(value for each in taken for value in (0.0, each))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(clock))
+    models = {"dense": nn.Identity(), "slim": nn.Identity()}
+    found = measure_together(models, torch.ones, batches=(1,), repeats=11, warmup=0)
+    assert (found["slim"][1].ratio, found["slim"][1].ratio_low, found["slim"][1].ratio_high) == (2.0, 2.0, 2.0)
+    assert found["dense"][1].ratio == 1.0
+    assert found["slim"][1].p90_ms > 2 * found["dense"][1].p10_ms
+
+
 def test_real_times_are_positive():
     found = measure(nn.Linear(8, 8), lambda batch: {"input": torch.rand(batch, 8)}, batches=(2,), repeats=3)[2]
     assert 0 < found.p10_ms <= found.median_ms <= found.p90_ms

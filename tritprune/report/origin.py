@@ -68,7 +68,8 @@ def _provenance(result: Result) -> Html:
     ]
     hardware = [part(machine, "cpu"), part(machine, "gpu")]
     if cores := part(machine, "cores"):
-        hardware.append(f"{cores} cores, {part(machine, 'threads') or cores} threads")
+        threads = part(machine, "threads") or cores
+        hardware.append(f"{cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)}")
     seconds = part(result, "seconds")
     stages = {stage: number(time) for stage, time in seconds.items()} if isinstance(seconds, Mapping) else {}
     timing = ", ".join(f"{stage} {duration(time)}" for stage, time in stages.items() if time is not None)

@@ -49,6 +49,10 @@ MODELS = {
 }
 
 
+PLACES = {"feed-forward": "feed-forward block", "channels": "channel group", "stream": "residual stream"}
+"""Kinds of places that slimming looks at, in the singular."""
+
+
 def results(result: Result) -> Html | None:
     """The models side by side."""
     rows = items(result, "rows")
@@ -133,7 +137,7 @@ def curves_section(result: Result, curves: Curves) -> Html | None:
     shown = (
         (f"{title(primary_metric(result))}, held out", charts.accuracy_chart(result, curves), ""),
         ("Sparsity of the prunable weights", charts.sparsity_chart(curves), ""),
-        ("Loss", charts.loss_chart(curves), _lost(curves)),
+        ("Loss", charts.loss_chart(curves), " ".join(filter(None, (_distilled(result), _lost(curves))))),
         ("Units whose mask changed, per update", charts.flip_chart(curves), ""),
         ("Where a step's time goes", charts.time_chart(curves), ""),
     )
@@ -163,6 +167,13 @@ def _time_table(curves: Curves) -> Html | None:
         table(heads, rows, class_="dense"),
         tag("figcaption", note, class_="note") if note else None,
     )
+
+
+def _distilled(result: Result) -> str:
+    weight = number(part(result, "config", "training", "distillation", "weight"))
+    if not weight:
+        return ""
+    return f"From the prune stage on, distillation from the dense model has weight {weight:g} in the training loss."
 
 
 def _lost(curves: Curves) -> str:
@@ -308,7 +319,8 @@ def _cuts(slim: Mapping[str, Any]) -> Html:
             fold(title, table(("Where", f"{cuts[0].get('unit') or 'unit'}s, before → after"), rows, class_="dense"))
         )
     found = Counter(str(item.get("kind")) for item in items(slim, "found"))
-    lead = f"Looked at: {', '.join(f'{times} {kind}' for kind, times in found.items())}." if found else ""
+    looked = [f"{times} {PLACES.get(kind, kind)}{'s' * (times != 1)}" for kind, times in found.items()]
+    lead = f"Looked at: {', '.join(looked)}." if found else ""
     empty = None if blocks else tag("p", "Nothing: no unit of this mask is dead as a whole.")
     return tag("div", tag("h3", "Cut"), tag("p", lead, class_="note") if lead else None, empty, *blocks, class_="block")
 

@@ -280,7 +280,7 @@ class Driver:
 
     def report(self, models: dict[str, nn.Module], dense_metrics: dict[str, float]) -> dict[str, Any]:
         """Measure the models side by side and write ``result.json`` and ``report.html``."""
-        run, folder = self.run, self.run.folder
+        run, folder, started = self.run, self.run.folder, time.perf_counter()
         pruning = json.loads((folder / PRUNING).read_text(encoding="utf-8"))
         layers = [layer["name"] for layer in pruning["layers"]]
         metrics = {"dense": dense_metrics, "pruned": pruning["metrics"]}
@@ -310,6 +310,7 @@ class Driver:
             control = json.loads((folder / CONTROL).read_text(encoding="utf-8"))
             rows.append({"model": "random control", "metrics": control["metrics"], "sparsity": control["sparsity"]})
         slimming, exports = folder / SLIMMING, folder / EXPORTS
+        self._seconds["report"] = time.perf_counter() - started
         self._result = {
             **self.describe("finished"),
             "rows": rows,
@@ -366,7 +367,8 @@ class Driver:
             return {k: v.to(run.device) for k, v in task.model_inputs(task.example_inputs(batch)).items()}
 
         batches = run.settings.latency_batches
-        with run.progress.bar("latency", 1):
+        sizes = " and ".join(map(str, batches))
+        with run.progress.status(f"timing {', '.join(models)} in turn, at batch {sizes}"):
             measured = measure_together(placed, inputs, batches=batches, repeats=run.settings.latency_repeats)
         return {
             name: {str(batch): vars(value) for batch, value in by_batch.items()} for name, by_batch in measured.items()

@@ -4,6 +4,7 @@ Everything that a step depends on is a pure function of (seed, phase, step): whi
 numbers. So a resumed phase goes on bit for bit where the interrupted one stopped, with no generator state to carry.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -208,8 +209,10 @@ class Loop:
         if not isinstance(pruner, RetrainFreePruner) or pruner.calibrating or not pruner.tunes or dense is None:
             return
         batches = [self._batches.global_batch(step) for step in range(pruner.final_step)]
+        passes = itertools.count(1)
 
         def forward(model: nn.Module, indices: Tensor) -> None:
+            self._bar.busy(f"scaling what is left by least squares, forward pass {next(passes):,}")
             batch = {k: v.to(self.run.device) for k, v in task.collate("train", indices).items()}
             model(**task.model_inputs(batch))
 
