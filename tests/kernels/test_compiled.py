@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritprune.kernels import agreement, cases, compiled
+from tritprune.kernels import agreement, cases, compiled, loops
 
 OPS = sorted({case.op for case in cases.all_cases()})
 
@@ -40,6 +40,6 @@ def test_a_sample_that_misleads_costs_a_second_pass_only(monkeypatch):
 
 
 def test_a_forked_process_starts_threads_of_its_own():
-    compiled._pools[99] = compiled.ThreadPoolExecutor(1)
-    compiled._forget_threads()
-    assert not compiled._pools
+    loops._pools[99] = loops.ThreadPoolExecutor(1)
+    loops._forget_threads()
+    assert not loops._pools

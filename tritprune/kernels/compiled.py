@@ -11,9 +11,7 @@ bits. Larger units are summed in fp64 and rounded once.
 # pyright: basic
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numba
@@ -23,12 +21,14 @@ from numba.extending import overload
 from torch import Tensor
 
 from tritprune.kernels import reference
-from tritprune.kernels.optimizer_reference import masked_adamw_, masked_sgd_
+from tritprune.kernels.compiled_optimizers import masked_adamw_, masked_sgd_
+from tritprune.kernels.loops import compiled as _compiled
+from tritprune.kernels.loops import run as _run
 from tritprune.kernels.packing import is_packed, pack_mask, unpack_mask
 from tritprune.kernels.reference import SMALL_UNIT, Block, Finish, Form, Reduce
 from tritprune.kernels.units import UnitGrid
 
-__all__ = ["masked_adamw_", "masked_sgd_"]  # the optimizer steps are torch's vector code; the rest is defined here
+__all__ = ["masked_adamw_", "masked_sgd_"]  # the rest is defined here
 
 _PIECE = 1 << 18
 _SAMPLE = 1 << 17
@@ -37,15 +37,6 @@ _MINUS_ZERO = {4: np.int32(-(1 << 31)), 2: np.int16(-(1 << 15))}  # by bytes of 
 _FORMS = {"magnitude": 0, "gradient": 1, "snip": 2, "product": 3}
 _REDUCTIONS = {"sum": 0, "mean": 1, "max": 2, "l2": 3}
 _FINISHES = {"none": 0, "abs": 1, "square": 2}
-_pools: dict[int, ThreadPoolExecutor] = {}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at the first call; keep the machine code on disk where there is a place for it."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither beside this file nor in the home folder can anything be written
-        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 # --- scores
@@ -566,26 +557,6 @@ def _count_changes(mask, old, first, last):
 
 
 # --- how work is shared out
-
-
-def _run(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Call ``function`` with every job, on as many threads as torch uses; the results in order."""
-    jobs = list(jobs)
-    threads = min(torch.get_num_threads(), len(jobs))
-    if threads < 2:
-        return [function(*job) for job in jobs]
-    pool = _pools.get(threads)
-    if pool is None:
-        pool = _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="tritprune")
-    return list(pool.map(lambda job: function(*job), jobs))
-
-
-def _forget_threads() -> None:
-    """Threads do not survive a fork."""
-    _pools.clear()
-
-
-os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _pieces(rows: int, elements_per_row: int) -> Iterator[tuple[int, int]]:
