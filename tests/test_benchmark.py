@@ -20,7 +20,7 @@ def benchmark(monkeypatch):
     import steps  # noqa: F401 (found by its name)
 
     yield clock, problems
-    for name in ("clock", "problems", "rivals", "steps"):
+    for name in ("clock", "masked_steps", "problem", "problems", "rivals", "steps"):
         sys.modules.pop(name, None)
 
 
@@ -29,7 +29,7 @@ def test_every_problem_is_timed_shown_and_saved(tmp_path):
         "scripts/bench",
         "peers",
         "--set",
-        "small",
+        "tiny",
         "--device",
         "cpu",
         "--no-compile",
@@ -47,7 +47,7 @@ def test_every_problem_is_timed_shown_and_saved(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "peers_cpu_fp32.jsonl").read_text().splitlines()]
-    assert len({row["problem"] for row in rows}) == 8
+    assert len({row["problem"] for row in rows}) == 12
     assert {"tritprune", "neural_compressor", "foreach", "kthvalue", "topk", "sort", "asp"} <= {
         row["contender"] for row in rows
     }
@@ -56,6 +56,11 @@ def test_every_problem_is_timed_shown_and_saved(tmp_path):
         assert row["times"]["p10"] <= row["times"]["median"] <= row["times"]["p90"]
         assert row["versions"]["torch"] == torch.__version__
         assert row["problem"] in done.stdout
+        if row["contender"] != "tritprune again":
+            assert row["counts"]["ops"] > 0
+        if row["contender"] == "tritprune":
+            assert row["counts"]["launches"] == 0 < row["counts"]["launches_on_a_gpu"]
+    assert "not measured" not in done.stdout
     assert (tmp_path / "peers_cpu_fp32.png").stat().st_size > 10_000
 
 
@@ -63,7 +68,7 @@ def test_a_wrong_result_is_not_timed(benchmark, monkeypatch):
     _, problems = benchmark
     wrong = problems.Problems([(8, 16)], torch.device("cpu"), peers=False)
     monkeypatch.setattr(problems.kernels, "n_in_m_masks", lambda scores, n, m: [score > 2 for score in scores])
-    (problem,) = wrong.all(["2:4"])
+    (problem,) = wrong.all(["2:4 masks"])
     with pytest.raises(AssertionError, match="layer 0 differs"):
         problem.check()
 

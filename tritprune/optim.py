@@ -1,9 +1,11 @@
 """Optimizers whose step ends with the mask, in one pass over the weights: AdamW and SGD.
 
-The arithmetic is that of ``torch.optim.AdamW`` and ``torch.optim.SGD``, but every product and sum is rounded by itself:
-a step differs by at most one unit in the last place of the weight, or of four times its change where that is more;
-states have the same names, so that either loads the other's ``state_dict``. A :class:`tritprune.Pruner` that is
-attached to one hands its masks over before every step and spares its own pass over the weights after it:
+On the CPU the weights and moments are those of ``torch.optim.AdamW`` and ``torch.optim.SGD`` with ``foreach`` False or
+True, and a mask after the step, **bit for bit**, for every weight, with numba and without. On CUDA the kernels repeat
+the rounding of ``foreach=True``, torch's default there, within one unit in the last place: the same bits by its source,
+which no device has shown yet. ``fused=True`` rounds otherwise in torch itself; ``kernels/optimizer_reference.py`` has
+the table. States have the same names, so that either loads the other's ``state_dict``. A :class:`tritprune.Pruner`
+that is attached to one hands its masks over before every step and spares its own pass over the weights after it:
 
     optimizer = tritprune.optim.MaskedAdamW(model.parameters(), lr=1e-3)
     pruner = tritprune.Pruner(model, target_sparsity=0.9, end_step=1000).attach(optimizer)

@@ -2,18 +2,21 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from clock import Counts, copy_bandwidth, count, forced_backend, in_a_graph, measure, product_rate
-from problems import SETS, Problem, Problems
-from show import Row, bar, machine, plot, save, table
+from problem import Problem
+from problems import SETS, Problems
+from show import Progress, Row, machine, plot, save, table, write_whole
 from steps import Steps
 
 from tritprune import kernels
@@ -53,12 +56,13 @@ def main() -> int:
     if device.type == "cuda":
         about["product_flops"] = product_rate(device)
     rows: list[Row] = []
+    progress = Progress(len(problems.names(options.only)), options.seconds)
     with _called_ops() as called:
         for problem in problems.all(options.only):
             problem.check()
-            rows += _measured(problem, device, bandwidth, options)
+            rows += _measured(problem, device, bandwidth, options, progress)
     if not rows:
-        _say(f"nothing is called {options.only}; names: {', '.join(p.name for p in problems.all())}")
+        _say(f"nothing is called {options.only}; names: {', '.join(problems.names())}")
         return 2
     print(table(rows, bandwidth, about, title))
     missing = sorted({op.name for op in vars(kernels).values() if isinstance(op, kernels.Op)} - called)
@@ -75,28 +79,40 @@ def main() -> int:
     return 0
 
 
-def _measured(problem: Problem, device: torch.device, bandwidth: float, options: argparse.Namespace) -> list[Row]:
+def _measured(
+    problem: Problem, device: torch.device, bandwidth: float, options: argparse.Namespace, progress: Progress
+) -> list[Row]:
     """One row a contender; the first one runs under two names."""
     own = next(iter(problem.contenders))
     contenders = {own: problem.contenders[own], f"{own} again": problem.contenders[own], **problem.contenders}
-    if device.type == "cuda":
+    if device.type == "cuda" and problem.in_a_graph:
         graph = in_a_graph(problem.contenders[own])
         contenders |= {f"{own}, in a graph": graph} if graph else {}
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        _say(bar(problem.name, done, options.repeats), end="")
-
+    progress.begin(problem.name, options.repeats)
+    counts = _counted(problem, device) if options.what in ("kernels", "peers") else {}
     cold = not options.cached and problem.floor < 240e6
-    times = measure(contenders, device, repeats=options.repeats, seconds=options.seconds, cold=cold, tick=tick)
-    _say(f"\r  {problem.name:<26} ours {times[own].median:.3g} ms" + " " * 40)
+    times = measure(contenders, device, repeats=options.repeats, seconds=options.seconds, cold=cold, tick=progress.tick)
+    progress.end(f"ours {times[own].median:.3g} ms")
     floor = 1e3 * problem.floor / bandwidth
     return [
-        Row(problem.name, name, value, floor, problem.floor, problem.agreement.get(name, ""))
+        Row(problem.name, name, value, floor, problem.floor, problem.agreement.get(name, ""), counts.get(name))
         for name, value in times.items()
     ]
+
+
+def _counted(problem: Problem, device: torch.device) -> dict[str, dict[str, int]]:
+    """What one run of each dispatches, reads back, launches and allocates; ours on the CPU also as on a GPU."""
+    found: dict[str, dict[str, int]] = {}
+    own = next(iter(problem.contenders))
+    for name, run in problem.contenders.items():
+        if name != "compile":  # not to be traced again under a dispatch mode
+            run()
+            found[name] = asdict(count(run))
+    if device.type == "cpu" and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
+        with forced_backend("triton"):
+            count(problem.contenders[own], stub=True)
+            found[own]["launches_on_a_gpu"] = count(problem.contenders[own], stub=True).launches
+    return found
 
 
 def _counts(steps: Steps, title: str, of: str, options: argparse.Namespace) -> int:
@@ -121,9 +137,7 @@ def _counts(steps: Steps, title: str, of: str, options: argparse.Namespace) -> i
             about = machine(steps.device) | {"set": of}
             entries.append({"problem": problem.name, "contender": name, **asdict(counts), **about})
     folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (folder / f"counts_{steps.device.type}.jsonl").write_text(lines, encoding="utf-8")
+    write_whole(folder / f"counts_{steps.device.type}.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     return 0
 
 

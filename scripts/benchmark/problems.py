@@ -6,46 +6,29 @@ comparison printed, because not every rival computes the same (ties, masks that 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import rivals
 import torch
+from masked_steps import MaskedSteps
+from problem import Problem, difference, require, same
 from torch import Tensor
 
 from tritprune import kernels
 from tritprune.kernels import UnitGrid, reference
 
 SETS: dict[str, list[tuple[int, int]]] = {
+    "tiny": [(48, 48)] * 4 + [(192, 48), (48, 192)],
     "small": [(384, 384)] * 4 + [(1536, 384), (384, 1536)],
     "minilm": ([(384, 384)] * 4 + [(1536, 384), (384, 1536)]) * 6,
     "bert": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)]) * 12,
     "tiny72": ([(48, 48)] * 4 + [(192, 48), (48, 192)]) * 12,
     "7b": ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]) * 32,
 }
-"""Layer shapes: a layer of MiniLM; all of MiniLM (10.6M weights); BERT-base (84.9M in 72 layers); 72 layers of a
-256th of that, to count what no size changes; Llama-7B (6.48B)."""
+"""Layer shapes: next to nothing; a layer of MiniLM; all of MiniLM (10.6M weights); BERT-base (84.9M in 72 layers); 72
+layers of a 256th of that, to count what no size changes; Llama-7B (6.48B)."""
 
 SPARSITY = 0.8
 SNIP = {"form": "snip", "reduce": "mean", "alpha": rivals.ALPHA, "beta": rivals.BETA}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One job.
-
-    Args:
-        name: of the job.
-        floor: bytes that must be moved, whoever does it.
-        contenders: name -> a run of it; the first is ours.
-        check: raises if our result is wrong.
-        agreement: name of a rival -> how its result compares with the reference.
-    """
-
-    name: str
-    floor: int
-    contenders: dict[str, Callable[[], object]]
-    check: Callable[[], None]
-    agreement: dict[str, str]
 
 
 class Problems:
@@ -73,21 +56,32 @@ class Problems:
         self.elements = sum(rows * cols for rows, cols in shapes)
         self.weights, self.gradients = self._random(1), self._random(2)
 
+    def names(self, only: Sequence[str] = ()) -> list[str]:
+        """What :meth:`all` gives."""
+        return [name for name in self._makers() if not only or any(part in name for part in only)]
+
     def all(self, only: Sequence[str] = ()) -> Iterator[Problem]:
         """The problems whose name holds one of ``only``; every one if it is empty."""
-        makers = {
+        for name in self.names(only):
+            yield self._makers()[name]()
+
+    def _makers(self) -> dict[str, Callable[[], Problem]]:
+        makers: dict[str, Callable[[], Problem]] = {
             "score 1x1": lambda: self._score((1, 1)),
             "score 4x1": lambda: self._score((4, 1)),
             "k-th of elements": lambda: self._kth((1, 1)),
             "k-th of 4x1 units": lambda: self._kth((4, 1)),
             "2:4 masks": self._two_in_four,
             "threshold to 4x1 masks": self._threshold,
+            "2:4 group scores": self._group_scores,
             "apply 4x1 masks": self._apply,
+            "count violations, 4x1": self._violations,
             "whole 4x1 update": self._update,
         }
-        for name, make in makers.items():
-            if not only or any(part in name for part in only):
-                yield make()
+        if self.dtype == torch.float32:  # masked optimizers step on no other weights
+            steps = MaskedSteps(self.weights, self.gradients, SPARSITY, peers=self.peers)
+            makers |= {"AdamW step, 4x1 mask": steps.adamw, "SGD step, 4x1 mask": steps.sgd}
+        return makers
 
     def _random(self, seed: int, shapes: Sequence[tuple[int, int]] | None = None) -> list[Tensor]:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -119,7 +113,7 @@ class Problems:
             arguments = (skipped[:3], self.weights[:3], self.gradients[:3], blocks[:3])
             kernels.accumulate_unit_scores_(mine, *arguments, **SNIP)
             reference.accumulate_unit_scores_(theirs, *arguments, **SNIP)
-            _same("scores", mine, theirs)
+            same("scores", mine, theirs)
 
         contenders: dict[str, Callable[[], object]] = {"tritprune": run}
         if self.peers:
@@ -152,8 +146,8 @@ class Problems:
             threshold, remainder = kernels.kth_score(scores, grids, budget)
             lower = sum(int((score < threshold).sum()) for score in scores)
             equal = sum(int((score == threshold).sum()) for score in scores)
-            _require(lower <= k < lower + equal, f"k-th: {lower} lower, {equal} equal, k = {k}")
-            _require(int(remainder) == (k - lower) * block[0] * block[1], f"k-th: remainder {int(remainder)}")
+            require(lower <= k < lower + equal, f"k-th: {lower} lower, {equal} equal, k = {k}")
+            require(int(remainder) == (k - lower) * block[0] * block[1], f"k-th: remainder {int(remainder)}")
 
         contenders: dict[str, Callable[[], object]] = {"tritprune": lambda: kernels.kth_score(scores, grids, budget)}
         if self.peers:
@@ -168,7 +162,7 @@ class Problems:
         scores = self._unit_scores((1, 1))
 
         def check() -> None:
-            _same("2:4", kernels.n_in_m_masks(scores[:3], 2, 4), reference.n_in_m_masks(scores[:3], 2, 4))
+            same("2:4", kernels.n_in_m_masks(scores[:3], 2, 4), reference.n_in_m_masks(scores[:3], 2, 4))
 
         contenders: dict[str, Callable[[], object]] = {"tritprune": lambda: kernels.n_in_m_masks(scores, 2, 4)}
         agreement: dict[str, str] = {}
@@ -180,11 +174,24 @@ class Problems:
                 "topk": rivals.two_in_four_topk,
             }.items():
                 contenders[name] = lambda rival=rival: rival(scores)
-                agreement[name] = _difference(rival(scores), expected)
+                agreement[name] = difference(rival(scores), expected)
             if self.device.type == "cuda":
                 halves = [score.bfloat16() for score in scores]
                 contenders["torch tile, bf16, both ways"] = lambda: rivals.two_in_four_tile(halves)
         return Problem("2:4 masks", 5 * self.elements, contenders, check, agreement)
+
+    def _group_scores(self) -> Problem:
+        scores = self._unit_scores((1, 1))
+
+        def check() -> None:
+            arguments = (scores[:3], 2, 4)
+            same("costs", kernels.n_in_m_group_scores(*arguments), reference.n_in_m_group_scores(*arguments))
+
+        contenders: dict[str, Callable[[], object]] = {"tritprune": lambda: kernels.n_in_m_group_scores(scores, 2, 4)}
+        if self.peers:
+            contenders["topk"] = lambda: rivals.group_scores_by_topk(scores)
+            contenders["sort"] = lambda: rivals.group_scores_by_sort(scores)
+        return Problem("2:4 group scores", 5 * self.elements, contenders, check, {})
 
     def _threshold(self) -> Problem:
         scores, grids = self._unit_scores((4, 1)), self._grids((4, 1))
@@ -193,7 +200,7 @@ class Problems:
 
         def check() -> None:
             arguments = (scores[:3], grids[:3], threshold, remainder)
-            _same("masks", kernels.masks_from_threshold(*arguments), reference.masks_from_threshold(*arguments))
+            same("masks", kernels.masks_from_threshold(*arguments), reference.masks_from_threshold(*arguments))
 
         contenders: dict[str, Callable[[], object]] = {
             "tritprune": lambda: kernels.masks_from_threshold(scores, grids, threshold, remainder)
@@ -211,7 +218,7 @@ class Problems:
             mine, theirs = ([weight.clone() for weight in self.weights[:3]] for _ in range(2))
             kernels.apply_masks_(mine, masks[:3], blocks[:3])
             reference.apply_masks_(theirs, masks[:3], blocks[:3])
-            _same("applied", mine, theirs)
+            same("applied", mine, theirs)
 
         contenders: dict[str, Callable[[], object]] = {"tritprune": lambda: kernels.apply_masks_(own, masks, blocks)}
         if self.peers:
@@ -223,6 +230,28 @@ class Problems:
             contenders["foreach"] = lambda: rivals.apply_by_foreach(theirs, floats)
         written = int(SPARSITY * self.elements) * self.dtype.itemsize
         return Problem("apply 4x1 masks", self.elements // 4 + written, contenders, check, {})
+
+    def _violations(self) -> Problem:
+        blocks = [(4, 1)] * len(self.shapes)
+        masks = [score >= SPARSITY for score in self._unit_scores((4, 1))]
+        tensors = [weight.clone() for weight in self.weights]
+        kernels.apply_masks_(tensors, masks, blocks)
+
+        def check() -> None:
+            clean = kernels.count_violations(tensors, masks, blocks)
+            require(not clean.any(), f"violations: {int(clean.sum())} in weights that have none")
+            arguments = (self.weights[:3], masks[:3], blocks[:3])
+            same("violations", [kernels.count_violations(*arguments)], [reference.count_violations(*arguments)])
+
+        contenders: dict[str, Callable[[], object]] = {
+            "tritprune": lambda: kernels.count_violations(tensors, masks, blocks)
+        }
+        if self.peers:
+            spread = [~mask.repeat_interleave(4, 0) for mask in masks]
+            contenders["product, count_nonzero"] = lambda: rivals.violations_by_product(tensors, spread)
+            contenders["nonzero and mask"] = lambda: rivals.violations_by_comparison(tensors, spread)
+        read = int(SPARSITY * self.elements) * self.dtype.itemsize
+        return Problem("count violations, 4x1", self.elements // 4 + read, contenders, check, {})
 
     def _update(self) -> Problem:
         scores, grids = self._unit_scores((4, 1)), self._grids((4, 1))
@@ -240,7 +269,7 @@ class Problems:
         def check() -> None:
             kept = int(run()[:, 0].sum())
             wanted = sum(grid.units for grid in grids) - budget // 4
-            _require(kept == wanted, f"update: {kept} units stay, {wanted} should")
+            require(kept == wanted, f"update: {kept} units stay, {wanted} should")
 
         contenders: dict[str, Callable[[], object]] = {"tritprune": run}
         if self.peers:
@@ -254,18 +283,3 @@ class Problems:
         units = self.elements // 4
         floor = 4 * units + 5 * units + units + int(SPARSITY * self.elements) * self.dtype.itemsize
         return Problem("whole 4x1 update", floor, contenders, check, {})
-
-
-def _same(what: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for number, (mine, theirs) in enumerate(zip(actual, expected, strict=True)):
-        _require(torch.equal(mine, theirs), f"{what}: layer {number} differs from the reference")
-
-
-def _difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
-    differing = sum(int((a != b).sum()) for a, b in zip(actual, expected, strict=True))
-    return "same masks" if not differing else f"{differing:,} mask elements differ"
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)

@@ -99,6 +99,26 @@ def two_in_four_topk(scores: Sequence[Tensor]) -> list[Tensor]:
     return masks
 
 
+def group_scores_by_topk(scores: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of the two smallest of each group."""
+    return [score.view(score.shape[0], -1, 4).topk(2, dim=2, largest=False).values.sum(2) for score in scores]
+
+
+def group_scores_by_sort(scores: Sequence[Tensor]) -> list[Tensor]:
+    """The same from sorted groups."""
+    return [score.view(score.shape[0], -1, 4).sort(dim=2).values[..., :2].sum(2) for score in scores]
+
+
+def violations_by_product(tensors: Sequence[Tensor], pruned: Sequence[Tensor]) -> Tensor:
+    """A product of the size of each layer, and what of it is not zero."""
+    return torch.stack([(tensor * gone).count_nonzero() for tensor, gone in zip(tensors, pruned, strict=True)])
+
+
+def violations_by_comparison(tensors: Sequence[Tensor], pruned: Sequence[Tensor]) -> Tensor:
+    """Two masks of elements, and how many places are in both."""
+    return torch.stack([((tensor != 0) & gone).sum() for tensor, gone in zip(tensors, pruned, strict=True)])
+
+
 def apply_by_product(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Neural Compressor's ``mask_weights``: a new product, put in the weight's place."""
     for weight, mask in zip(weights, masks, strict=True):

@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -25,6 +27,7 @@ class Row:
         floor_ms: the bytes of the job over the measured copy bandwidth.
         bytes: what the job must move.
         note: how a rival's result compares.
+        counts: operations, host reads, bytes allocated and Triton launches of one run, where they were counted.
     """
 
     problem: str
@@ -33,6 +36,7 @@ class Row:
     floor_ms: float
     bytes: int
     note: str = ""
+    counts: dict[str, int] | None = None
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -51,20 +55,58 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": name, "versions": versions, "date": date.today().isoformat(), "load": os.getloadavg()[0]}
 
 
-def bar(label: str, done: int, total: int, width: int = 30) -> str:
-    """One line that overwrites itself."""
-    filled = round(width * done / max(total, 1))
-    return f"\r  {label:<26} {'█' * filled}{'·' * (width - filled)} {done:>3} of {total}"
+class Progress:
+    """A bar on stderr: the problem, its rounds, and the time that is left for all.
+
+    Args:
+        problems: how many there are.
+        seconds: what each may take, the guess until one is done.
+    """
+
+    def __init__(self, problems: int, seconds: float) -> None:
+        self._problems, self._guess = problems, seconds
+        self._done, self._start = 0, time.perf_counter()
+
+    def begin(self, name: str, rounds: int) -> None:
+        """A problem of at most ``rounds`` rounds."""
+        self._name, self._rounds, self._round = name, rounds, 0
+        self._began = time.perf_counter()
+        self._show()
+
+    def tick(self) -> None:
+        """One more round is done."""
+        self._round += 1
+        self._show()
+
+    def end(self, result: str) -> None:
+        """The problem is done."""
+        self._done += 1
+        print(f"\r  {self._name:<26} {result:<72}", file=sys.stderr, flush=True)
+
+    def left(self) -> float:
+        """Seconds: problems to come take as long as those before, this one as long as it is allowed."""
+        now = time.perf_counter()
+        usual = (self._began - self._start) / self._done if self._done else self._guess
+        return max(0.0, usual - (now - self._began)) + usual * (self._problems - self._done - 1)
+
+    def _show(self, width: int = 24) -> None:
+        filled = round(width * self._round / max(self._rounds, 1))
+        minutes, seconds = divmod(round(self.left()), 60)
+        print(
+            f"\r  {self._name:<26} {'█' * filled}{'·' * (width - filled)} {self._round:>3} of {self._rounds}, "
+            f"problem {self._done + 1} of {self._problems}, {minutes}:{seconds:02} left ",
+            end="", file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def table(rows: Sequence[Row], bandwidth: float, about: dict[str, Any], title: str) -> str:
-    """Plain text, 100 columns at most."""
+    """Plain text, 107 columns and a note."""
     lines = [
         title,
         f"{about['device']}; " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + f"; {about['date']}",
         f"copy {bandwidth / 1e9:,.1f} GB/s; floor = bytes that the job must move / copy; ms are medians (p10 to p90)",
         "",
-        f"{'':<24}{'':<27}{'ms':>10}{'p10 to p90':>21}{'x floor':>9}{'x ours':>8}",
+        f"{'':<24}{'':<27}{'ms':>10}{'p10 to p90':>21}{'x floor':>9}{'x ours':>8}{'ops':>8}",
     ]
     own: dict[str, float] = {}
     last = ""
@@ -78,6 +120,7 @@ def table(rows: Sequence[Row], bandwidth: float, about: dict[str, Any], title: s
         lines.append(
             f"{row.problem if first else '':<24}{row.contender:<27}{_ms(row.times.median):>10}{spread:>21}"
             f"{row.times.median / row.floor_ms:>9.2f}{row.times.median / own[row.problem]:>8.2f}"
+            + f"{row.counts['ops'] if row.counts else '':>8}"
             + (f"  {row.note}" if row.note else "")
         )
     return "\n".join(lines)
@@ -85,10 +128,15 @@ def table(rows: Sequence[Row], bandwidth: float, about: dict[str, Any], title: s
 
 def save(rows: Sequence[Row], bandwidth: float, about: dict[str, Any], path: Path) -> None:
     """One JSON line a row, in one move."""
+    lines = [json.dumps({**asdict(row), "copy_bytes_per_second": bandwidth, **about}) for row in rows]
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    lines = [json.dumps({**asdict(row), "copy_bytes_per_second": bandwidth, **about}) for row in rows]
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from problems import SPARSITY, Problem
+from problem import Problem
+from problems import SPARSITY
 from torch import Tensor, nn
 
 import tritprune
@@ -33,12 +34,15 @@ class Steps:
         self.elements = sum(rows * cols for rows, cols in shapes)
         self.theirs = Theirs(self._layers()) if peers and find_spec("neural_compressor") else None
 
+    def names(self, only: Sequence[str] = ()) -> list[str]:
+        """What :meth:`all` gives."""
+        return [name for name in ("plain step", "mask update") if not only or any(part in name for part in only)]
+
     def all(self, only: Sequence[str] = ()) -> Iterator[Problem]:
         """The problems whose name holds one of ``only``; every one if it is empty."""
-        for name, make in {"plain step": self._plain, "mask update": self._update}.items():
-            if not only or any(part in name for part in only):
-                yield make(name)
-                gc.collect()
+        for name in self.names(only):
+            yield self._plain(name) if name == "plain step" else self._update(name)
+            gc.collect()
 
     def _layers(self) -> nn.Sequential:
         """Linear layers with the same weights and gradients for everybody, and a head that nobody prunes."""

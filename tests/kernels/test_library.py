@@ -46,3 +46,60 @@ def test_a_traced_call_is_checked_when_it_runs():
     compiled = torch.compile(wrong, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match=r"mask of shape \[2, 6\], got bool \[3, 6\]"):
         compiled(torch.ones(8, 6), torch.ones(3, 6, dtype=torch.bool))
+
+
+def whole_step(scores, skipped, weights, gradients, masks):
+    """Scores, threshold, masks, zeros and what they say: a prune step."""
+    grids = [UnitGrid.of_blocks(tuple(w.shape), block) for w, block in zip(weights, BLOCKS, strict=True)]
+    options = {"form": "snip", "reduce": "mean", "alpha": 0.9, "beta": 1.0}
+    kernels.accumulate_unit_scores_(scores, skipped, weights, gradients, BLOCKS, **options)
+    bad = kernels.count_non_finite(scores)
+    floor, cap = (kernels.crossing_units(scores, grids, budgets, kept=masks) for budgets in ([5, 5], [40, 30]))
+    bounds = (torch.stack([floor[0], cap[0]], 1), torch.stack([floor[1], cap[1]], 1))
+    threshold, remainder = kernels.kth_score(scores, grids, 30, kept=masks, bounds=bounds)
+    new = kernels.masks_from_threshold(scores, grids, threshold, remainder, kept=masks, bounds=bounds)
+    kernels.apply_masks_(weights, new, BLOCKS)
+    violations = kernels.count_violations(weights, new, BLOCKS)
+    return *new, kernels.mask_statistics(new, masks), violations, threshold + 1, bad
+
+
+def n_in_m_step(scores, skipped, weights, gradients, masks):
+    absolute = [weight.abs() for weight in weights]
+    several = kernels.kth_score(absolute, [UnitGrid.of_blocks(tuple(w.shape), (1, 1)) for w in weights], [3, 4])
+    packed = kernels.n_in_m_masks(absolute, 2, 4, packed=True)
+    return *kernels.n_in_m_masks(absolute, 2, 4), *kernels.n_in_m_group_scores(absolute, 2, 4), *packed, *several
+
+
+@pytest.mark.parametrize("each", [whole_step, n_in_m_step])
+def test_a_whole_prune_step_is_one_graph_and_the_same(each):
+    plain, traced = inputs(), inputs()
+    expected = each(*plain)
+    actual = torch.compile(each, fullgraph=True, backend="aot_eager")(*traced)
+    for mine, theirs in zip((*actual, *traced[2]), (*expected, *plain[2]), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
+def test_what_is_registered_passes_the_checks_of_torch():
+    scores, skipped, weights, gradients, masks = inputs()
+    flat, grids = [4, 1, 2, 2], [2, 6, 4, 4, 1, 1, 4, 3, 2, 1, 2, 1]
+    positive = [weight.abs() for weight in weights]
+    threshold, remainder = kernels.kth_score(
+        scores, [UnitGrid.of_blocks((8, 6), (4, 1)), UnitGrid.of_blocks((7, 5), (2, 2))], 30
+    )
+    calls = {
+        "accumulate_unit_scores_": (scores, skipped, weights, gradients, flat, "snip", "mean", 0.9, 1.0, "none"),
+        "apply_masks_": (weights, masks, flat),
+        "kth_score": (scores, grids, [30], False, masks, []),
+        "masks_from_threshold": (scores, grids, threshold, remainder, masks, [], True),
+        "crossing_units": (scores, grids, [5, 5], masks),
+        "count_non_finite": (scores,),
+        "n_in_m_masks": (positive, 2, 4, False),
+        "n_in_m_group_scores": (positive, 2, 4),
+        "count_violations": (weights, masks, flat),
+        "mask_statistics": (masks, masks),
+    }
+    traced = {op.name for op in vars(kernels).values() if isinstance(op, kernels.Op) and op.traced is not None}
+    assert calls.keys() == traced
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.tritprune, name).default, arguments)

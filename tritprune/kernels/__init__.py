@@ -26,17 +26,17 @@ from tritprune.kernels.units import UnitGrid
 accumulate_unit_scores_ = Op(
     reference.accumulate_unit_scores_, checks.accumulate_unit_scores_, library.accumulate_unit_scores_
 )
-n_in_m_masks = Op(reference.n_in_m_masks, checks.n_in_m_masks)
-n_in_m_group_scores = Op(reference.n_in_m_group_scores, checks.n_in_m_group_scores)
-kth_score = Op(reference.kth_score, checks.kth_score)
-masks_from_threshold = Op(reference.masks_from_threshold, checks.masks_from_threshold)
-crossing_units = Op(reference.crossing_units, checks.crossing_units)
-count_non_finite = Op(reference.count_non_finite, checks.count_non_finite)
+n_in_m_masks = Op(reference.n_in_m_masks, checks.n_in_m_masks, library.n_in_m_masks)
+n_in_m_group_scores = Op(reference.n_in_m_group_scores, checks.n_in_m_group_scores, library.n_in_m_group_scores)
+kth_score = Op(reference.kth_score, checks.kth_score, library.kth_score)
+masks_from_threshold = Op(reference.masks_from_threshold, checks.masks_from_threshold, library.masks_from_threshold)
+crossing_units = Op(reference.crossing_units, checks.crossing_units, library.crossing_units)
+count_non_finite = Op(reference.count_non_finite, checks.count_non_finite, library.count_non_finite)
 apply_masks_ = Op(reference.apply_masks_, checks.apply_masks_, library.apply_masks_)
-count_violations = Op(reference.count_violations, checks.count_violations)
+count_violations = Op(reference.count_violations, checks.count_violations, library.count_violations)
 masked_adamw_ = Op(reference.masked_adamw_, checks.masked_adamw_)
 masked_sgd_ = Op(reference.masked_sgd_, checks.masked_sgd_)
-mask_statistics = Op(reference.mask_statistics, checks.mask_statistics)
+mask_statistics = Op(reference.mask_statistics, checks.mask_statistics, library.mask_statistics)
 
 __all__ = [
     "BACKENDS",

@@ -603,18 +603,28 @@ def _optimizer_cases() -> Iterator[Case]:
     ]
     for name, options in several:
         yield _optimizer("masked_adamw_", name, **adamw, **options)
-    begin: dict[str, Any] = adamw | {"step": 1, "weight_decay": 0.0}
-    yield _optimizer("masked_adamw_", "first step", **begin)
+    several = [
+        ("first step", {"step": 1, "weight_decay": 0.0}),
+        ("beta1 below a half", {"beta1": 0.3}),
+        ("of all sizes, no eps", {"values": "of all sizes", "eps": 0.0}),
+        ("denormal, no eps", {"values": "denormal", "eps": 0.0}),
+        ("zeros, no eps", {"values": "zero", "eps": 0.0}),
+        ("non-finite", {"values": "non-finite"}),
+    ]
+    for name, options in several:
+        yield _optimizer("masked_adamw_", name, **(adamw | options))
     several = [
         ("momentum 4x1", {}),
         ("first step", {"first": True, "weight_decay": 0.0}),
         ("nesterov, 1x1 packed, reset", {"nesterov": True, "block": (1, 1), "packed": True, "reset": True}),
         ("without momentum", {"momentum": 0.0, "layout": "strided"}),
         ("no mask", {"kept": None}),
+        ("of all sizes", {"values": "of all sizes", "nesterov": True}),
+        ("denormal", {"values": "denormal"}),
+        ("non-finite", {"values": "non-finite"}),
     ]
     for name, options in several:
-        numbers: dict[str, Any] = sgd | options
-        yield _optimizer("masked_sgd_", name, **numbers)
+        yield _optimizer("masked_sgd_", name, **(sgd | options))
 
 
 def _optimizer(
@@ -625,6 +635,7 @@ def _optimizer(
     packed: bool = False,
     kept: float | None = 0.4,
     layout: str = "plain",
+    values: str = "normal",
     **numbers: Any,
 ) -> Case:
     shapes = (*RAGGED, (0, 5), WIDE[0])
@@ -639,11 +650,11 @@ def _optimizer(
             drawn = [torch.rand(grid.shape, generator=generator) < kept for grid in grids]
             masks = [pack_mask(mask) if packed else mask for mask in drawn]
         if op == "masked_adamw_":
-            states = {"firsts": tensors("normal"), "seconds": tensors("positive")}
+            states = {"firsts": tensors(values), "seconds": [second.abs_() for second in tensors(values)]}
         else:
-            states = {"momenta": tensors("normal") if numbers["momentum"] else None}
-        given = {"weights": tensors("normal"), "gradients": tensors("normal"), "masks": masks}
-        return {**given, **states, "blocks": [block] * len(shapes), **numbers}
+            states = {"momenta": tensors(values) if numbers["momentum"] else None}
+        given = {"weights": tensors(values), "gradients": tensors(values), "masks": masks}
+        return {**given, **states, "blocks": [block] * len(shapes), "rounding": "cuda", **numbers}
 
     return Case(op, name, make)
 
@@ -668,6 +679,7 @@ def _values(generator: torch.Generator, shape: Shape, kind: str) -> Tensor:
         "denormal": lambda: normal * 1e-39,
         "tiny": lambda: normal * 1e-20,
         "overflow": lambda: normal * 1e19,
+        "of all sizes": lambda: (normal.double() * 2.0 ** torch.randint(-140, 127, shape, generator=generator)).float(),
         "non-finite": lambda: (
             normal.masked_fill(some < 0.06, math.inf)
             .masked_fill(some < 0.04, -math.inf)

@@ -6,6 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from tritprune.kernels.optimizer_reference import Rounding
 from tritprune.kernels.packing import is_packed, packed_length
 from tritprune.kernels.reference import Block, Finish, Form, Reduce
 from tritprune.kernels.threshold_reference import Bounds
@@ -170,10 +171,12 @@ def masked_adamw_(
     weight_decay: float,
     step: int,
     reset: bool = False,
+    rounding: Rounding = "own",
 ) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
     del lr, beta1, beta2, eps, weight_decay, reset
     op = "masked_adamw_"
+    _one_of(op, "rounding", rounding, get_args(Rounding))
     if step < 1:
         raise ValueError(f"{op}: steps count from 1, got {step}")
     _same_length(op, weights=weights, firsts=firsts, seconds=seconds)
@@ -194,10 +197,12 @@ def masked_sgd_(
     nesterov: bool,
     first: bool,
     reset: bool = False,
+    rounding: Rounding = "own",
 ) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
     del lr, dampening, weight_decay, first, reset
     op = "masked_sgd_"
+    _one_of(op, "rounding", rounding, get_args(Rounding))
     if (momentum != 0) != (momenta is not None):
         raise ValueError(f"{op}: momentum {momentum:g} {'needs' if momentum else 'has no use for'} momenta")
     if nesterov and momentum == 0:

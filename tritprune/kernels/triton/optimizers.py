@@ -4,8 +4,8 @@
     SGD     w, b    <- step(w, g, b);      w <- 0 where the unit is pruned
 
 28 bytes an element for AdamW, 20 for SGD with momentum, and a byte or a bit a unit for the mask, where an optimizer
-and a mask apart read and write the weights once more. Products, quotients and sums are rounded one by one, as in the
-reference, and give its bits.
+and a mask apart read and write the weights once more. The bits are those of the reference with ``rounding="cuda"``,
+which is how torch rounds on CUDA; in Triton's interpreter, too.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
+from tritprune.kernels.optimizer_reference import Rounding
 from tritprune.kernels.packing import is_packed
 from tritprune.kernels.reference import SMALL_UNIT, Block
 from tritprune.kernels.triton import multi_tensor
@@ -22,7 +24,33 @@ from tritprune.kernels.triton.multi_tensor import at, find_tile, load_pointer, l
 from tritprune.kernels.triton.order import load_mask
 
 FIELDS = tl.constexpr(16)
+INTERPRETED = tl.constexpr(isinstance(walk_grid, InterpretedFunction))
 _BLOCK = 512
+_SMALL = tl.constexpr(2.0**-96)
+
+
+@triton.jit
+def _fma(a, b, c):
+    """``a b + c`` rounded once. Triton's interpreter rounds twice: there it is done as in the reference."""
+    if INTERPRETED:
+        product = a.to(tl.float64) * b.to(tl.float64)
+        addend = c.to(tl.float64)
+        total = product + addend
+        back = total - product
+        rest = (product - (total - back)) + (addend - back)
+        bits = total.to(tl.int64, bitcast=True)
+        short = ((rest > 0) | (rest < 0)) & (bits & 1 == 0)
+        bits += tl.where(short, tl.where((rest > 0) == (total > 0), 1, -1), 0)
+        return bits.to(tl.float64, bitcast=True).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def _root(v):
+    """The correctly rounded root; that of a small number through one that no compiler flushes to zero."""
+    small = v < _SMALL
+    root = tl.sqrt_rn(tl.where(small, v * 2.0**48, v))
+    return tl.where(small, root * 2.0**-24, root)
 
 
 @triton.jit
@@ -58,6 +86,7 @@ def _adamw_kernel(
     root,  # sqrt(1 - beta2^step)
     eps,
     size,  # -lr / (1 - beta1^step)
+    DECAYS: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool" or "packed"
     RESET: tl.constexpr,
     N: tl.constexpr,
@@ -75,11 +104,13 @@ def _adamw_kernel(
     g = tl.load(g_ptr + of_gradient, mask=inside, other=0.0)
     m = tl.load(m_ptr + own, mask=inside, other=0.0)
     v = tl.load(v_ptr + own, mask=inside, other=0.0)
-    w = w * decay
-    m = m + (g - m) * share1
-    v = v * beta2 + (g * share2) * g
-    denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + root) + eps
-    w = w + tl.div_rn(m * size, denominator)
+    if DECAYS:
+        w = w * decay
+    near = share1 < 0.5
+    m = _fma(tl.zeros_like(m) + tl.where(near, share1, share1 - 1.0), g - m, tl.where(near, m, g))
+    v = _fma(tl.zeros_like(v) + share2, g * g, v * beta2)
+    denominator = tl.div_rn(_root(v), tl.zeros_like(v) + root) + eps
+    w = _fma(tl.zeros_like(w) + size, tl.div_rn(m, denominator), w)
     tl.store(w_ptr + own, tl.where(gone, 0.0, w), mask=inside)
     tl.store(m_ptr + own, tl.where(gone, 0.0, m) if RESET else m, mask=inside)
     tl.store(v_ptr + own, tl.where(gone, 0.0, v) if RESET else v, mask=inside)
@@ -111,14 +142,15 @@ def _sgd_kernel(
     w = tl.load(w_ptr + own, mask=inside, other=0.0)
     d = tl.load(g_ptr + of_gradient, mask=inside, other=0.0)
     if DECAYS:
-        d = d + w * weight_decay
+        d = _fma(tl.zeros_like(w) + weight_decay, w, d)
     if MOMENTUM != "none":
         b = d
         if MOMENTUM == "next":
-            b = tl.load(b_ptr + own, mask=inside, other=0.0) * momentum + d * share
+            b = tl.load(b_ptr + own, mask=inside, other=0.0) * momentum
+            b = _fma(tl.zeros_like(d) + share, d, b)
         tl.store(b_ptr + own, tl.where(gone, 0.0, b) if RESET else b, mask=inside)
-        d = d + b * momentum if NESTEROV else b
-    w = w + d * minus_lr
+        d = _fma(tl.zeros_like(b) + momentum, b, d) if NESTEROV else b
+    w = _fma(tl.zeros_like(d) + minus_lr, d, w)
     tl.store(w_ptr + own, tl.where(gone, 0.0, w), mask=inside)
 
 
@@ -182,15 +214,21 @@ def masked_adamw_(
     weight_decay: float,
     step: int,
     reset: bool = False,
+    rounding: Rounding = "own",
 ) -> None:
-    """See :func:`tritprune.kernels.reference.masked_adamw_`; one launch per kind of mask and alignment."""
+    """See :func:`tritprune.kernels.reference.masked_adamw_`; one launch per kind of mask and alignment.
+
+    It rounds as on CUDA whatever ``rounding`` says: where it runs, that is its own.
+    """
+    del rounding
     scalars = (
         *(1.0 - lr * weight_decay, 1.0 - beta1, float(beta2), 1.0 - beta2),
         *((1.0 - beta2**step) ** 0.5, float(eps), -lr / (1.0 - beta1**step)),
     )
     states = zip(firsts, seconds, strict=True)
     for table, owners, tiles, constants in _launches(weights, gradients, states, masks, blocks):
-        multi_tensor.launch(_adamw_kernel, tiles, table, owners, *scalars, RESET=reset, **constants)
+        options = constants | {"DECAYS": weight_decay != 0, "RESET": reset}
+        multi_tensor.launch(_adamw_kernel, tiles, table, owners, *scalars, **options)
 
 
 def masked_sgd_(
@@ -207,8 +245,10 @@ def masked_sgd_(
     nesterov: bool,
     first: bool,
     reset: bool = False,
+    rounding: Rounding = "own",
 ) -> None:
     """See :func:`tritprune.kernels.reference.masked_sgd_`; one launch per kind of mask and alignment."""
+    del rounding
     scalars = (-float(lr), float(momentum), 1.0 - dampening, float(weight_decay))
     kind = "none" if momenta is None else "first" if first else "next"
     shared = {"MOMENTUM": kind, "DECAYS": weight_decay != 0, "NESTEROV": nesterov, "RESET": reset}
