@@ -101,7 +101,7 @@ def test_the_page_has_a_verdict_for_each_batch_size(
     timed(result["rows"][2], *slim)
     assert words.pace(words.speed(result, "1")) == said
     text = page(result, Curves(), Path("run"))
-    assert text.count(f"<small>{said}</small>") == 2
+    assert text.count(f'<small class="verdict">{said}</small>') == 2
     kind = said.partition(":")[0]
     assert (f"{kind}: " in text) == (kind in ("slower here", "no faster here"))
 

@@ -22,8 +22,8 @@ def test_models_take_turns():
     log = []
     models = {"dense": Watched("dense", log), "slim": Watched("slim", log)}
     measured = measure_together(models, torch.ones, batches=(1, 4), repeats=2, warmup=1)
-    turn = [("dense", 1, False, True), ("slim", 1, False, True)]
-    assert log == turn * 3 + [(name, 4, evaluating, inference) for name, _, evaluating, inference in turn] * 3
+    order = ["dense", "slim", "slim", "dense", "dense", "slim"]  # each round begins with the next model
+    assert log == [(name, batch, False, True) for batch in (1, 4) for name in order]
     assert list(measured) == ["dense", "slim"]
     assert list(measured["dense"]) == [1, 4]
     assert all(model.training for model in models.values())
@@ -39,8 +39,8 @@ def test_percentiles(monkeypatch):
 def test_rounds_are_compared_each_with_itself(monkeypatch):
     """A machine that is between one and forty times as busy from round to round: half the time is half the time."""
     busy = [1, 40, 3, 1, 20, 2, 7, 1, 30, 5, 2]
-    taken = [value for factor in busy for value in (2.0 * factor, 1.0 * factor)]
-    taken[2 * 5 + 1] *= 3  # one round went the other way
+    taken = [value * factor for number, factor in enumerate(busy) for value in ((2.0, 1.0), (1.0, 2.0))[number % 2]]
+    taken[2 * 4 + 1] *= 3  # one round went the other way
     clock = iter(value for each in taken for value in (0.0, each))
     monkeypatch.setattr(latency.time, "perf_counter", lambda: next(clock))
     models = {"dense": nn.Identity(), "slim": nn.Identity()}

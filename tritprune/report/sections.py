@@ -101,6 +101,8 @@ def _results_note(result: Result) -> str:
     where += f", {threads:.0f} thread{'s' * (threads != 1)}" if threads and not part(result, "machine", "gpu") else ""
     if timed := sorted(int(found) for found in repeats if found is not None):
         notes.append(f"Latency in ms{where}: median of {timed[-1]} runs, p10 to p90 below.")
+        if number(part(final_row(result), "latency", batches(result)[0], "ratio")) is not None:
+            notes.append("Faster or slower: the median over rounds in which the models took turns.")
     if sampling := sampling_note(result):
         notes.append(f"{sampling}; one seed." if len(sampling) else "")
     return " ".join(notes)
@@ -129,7 +131,7 @@ def _latency_cell(row: Mapping[str, Any], batch: str, verdict: str) -> Html:
     if found is None:
         return tag("td", MISSING)
     spread = tag("small", f"{three(found[1])} to {three(found[2])}")
-    return tag("td", three(found[0]), spread, tag("small", verdict) if verdict else None)
+    return tag("td", three(found[0]), spread, tag("small", verdict, class_="verdict") if verdict else None)
 
 
 def curves_section(result: Result, curves: Curves) -> Html | None:

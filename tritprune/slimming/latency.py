@@ -1,6 +1,7 @@
 """Milliseconds per forward pass, with their spread; models that are compared are measured in turn.
 
-A machine's speed drifts, so one model after the other would compare moments, not models: A B C A B C does not.
+A machine's speed drifts, so one model after the other would compare moments, not models: A B C, B C A, C A B does not.
+Each round begins with another one, or a scheduler whose slices are as long as a round would always halt the same model.
 """
 
 import time
@@ -58,7 +59,7 @@ def measure_together(
     repeats: int = 30,
     warmup: int = 3,
 ) -> dict[str, dict[int, Latency]]:
-    """Latency of several models, interleaved: one pass of each, then the next round.
+    """Latency of several models, interleaved: one pass of each, then the next round, which begins with the next model.
 
     Args:
         models: the models by name, in evaluation mode for the time of the measurement.
@@ -80,6 +81,7 @@ def measure_together(
         )
     modes = [(module, module.training) for model in models.values() for module in model.modules()]
     measured: dict[str, dict[int, Latency]] = {name: {} for name in models}
+    names = list(models)
     try:
         for model in models.values():
             model.eval()
@@ -87,8 +89,8 @@ def measure_together(
             inputs = ModelInputs.of(make_inputs(batch))
             times: dict[str, list[float]] = {name: [] for name in models}
             for round_ in range(warmup + repeats):
-                for name, model in models.items():
-                    milliseconds = _time(model, inputs)
+                for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                    milliseconds = _time(models[name], inputs)
                     if round_ >= warmup:
                         times[name].append(milliseconds)
             first = next(iter(times.values()), [])
