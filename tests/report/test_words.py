@@ -197,3 +197,16 @@ def test_sampling_note(result: dict[str, Any]) -> None:
     assert "about 2.2 points" in words.sampling_note(result)
     result["data"]["n_eval"] = None
     assert words.sampling_note(result) == ""
+
+
+def test_what_the_training_loss_is_made_of_is_said(result: dict[str, Any]) -> None:
+    """A distilled run's loss falls where distillation begins, a calibrated one's goes nowhere: both need a word."""
+    curves = Curves(tuple({"step": n, "stage": "prune", "loss/train": 1.0} for n in range(3)))
+    text = page(result, curves, Path("run"))
+    assert "distillation from the dense model has weight 0.7 in the training loss" in text
+    result["config"]["pruner"]["name"] = "retrain_free"
+    assert "While it calibrates, no weight moves" in page(result, curves, Path("run"))
+    result["config"] = {"training": {"distillation": {"weight": 0.0}}}
+    text = page(result, curves, Path("run"))
+    assert "distillation from" not in text
+    assert "While it calibrates" not in text

@@ -1,6 +1,7 @@
 """Training goes on after slimming: as the masked model's would have, through interruptions, and it can be verified."""
 
 import hashlib
+import io
 import itertools
 import json
 import shutil
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import tritprune
 from tritprune.errors import ConfigError, InterruptedRunError
 from tritprune.export import export_program
 from tritprune.pruners import MaskSet
+from tritprune.registry import models
 from tritprune.slimming import state_sha256
 from tritprune.training.settings import Phase
 from tritprune.training.verification import verify_run
@@ -106,6 +110,39 @@ def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path, stop_after):
              for folder in (tmp_path / "run", finished[0])]  # fmt: skip
     shown = [[{k: v for k, v in json.loads(text).items() if "time/" not in k} for text in own] for own in lines]
     assert shown[0] == shown[1]
+    assert all(finding.holds for finding in verify_run(tmp_path / "run"))
+
+
+@models.register("toy_constant")
+class Constant(nn.Module):
+    """Units that are pruned as rows leave act(bias) behind: slimming makes a bias that was not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4, bias=False)
+
+    def forward(self, x):
+        return self.second(torch.sigmoid(self.first(x)))
+
+
+class ConstantTask(ToyTask):
+    def build_model(self, seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Constant()
+
+    def builder(self):
+        return {"kind": "registered", "name": "toy_constant", "arguments": {}}
+
+
+def test_a_bias_that_slimming_made_is_trained_and_told(tmp_path):
+    options = settings(prune=Phase(steps=16, **PHASE), after_slim=8, latency_repeats=1)
+    run = make_run(tmp_path / "run", ConstantTask(), options)
+    run.progress.console = Console(file=io.StringIO(), width=200)
+    make_driver(run, tmp_path / "cache", tracer="jit", pattern="1xchannel", include=["first"]).execute()
+    slim, tuned = weights(tmp_path / "run", "slim"), weights(tmp_path / "run", "tuned")
+    assert (slim["second.bias"] - tuned["second.bias"]).abs().max() > 1e-3
+    assert "note: second.bias took up constants of cut units" in run.progress.console.file.getvalue()
     assert all(finding.holds for finding in verify_run(tmp_path / "run"))
 
 

@@ -134,17 +134,19 @@ def composition(config: Mapping[str, Any], run: Run, pruner: Pruner, auto: AutoS
         "layers", f"{len(pruner.layers)} with {elements:,} weights are pruned, {len(pruner.excluded)} left out"
     )
     end, after = pruner.final_step, settings.steps_after_slim(task.n_train)
+    does = "calibrate" if pruner.calibrating else "prune"
     distillation = f", distilled (weight {settings.distillation.weight:g})" if settings.distillation.weight else ""
     table.add_row(
         "steps",
-        f"{settings.dense.steps} dense, {end} prune, {settings.prune.steps - end} recover, "
+        f"{settings.dense.steps} dense, {end} {does}, {settings.prune.steps - end} recover, "
         f"{f'{after} more after slimming, ' if after else ''}batch {settings.batch_size}{distillation}",
     )
     slimmer = "slim by traced graph, with certificate" if config["slimmer"]["tracer"] else "no slimming"
     table.add_row("then", slimmer + (", random-mask control" if config["control"] else ""))
     processes = f", {run.accelerator.num_processes} processes" if run.accelerator.num_processes > 1 else ""
     table.add_row(
-        "on", f"{run.device}, {settings.precision}, {torch.get_num_threads()} threads, seed {run.seed}{processes}"
+        "on",
+        f"{run.device}, {settings.precision}, {_count(torch.get_num_threads(), 'thread')}, seed {run.seed}{processes}",
     )
     table.add_row("folder", str(run.folder.path))
     return table
@@ -163,6 +165,10 @@ def _names(name: str, key: str) -> bool:
 
 def _fixed(name: str) -> Mapping[str, Any]:
     return getattr(pruners.get(name), "fixes", {})
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _in_epochs(values: Mapping[str, Any]) -> bool:

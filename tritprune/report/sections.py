@@ -172,6 +172,9 @@ def _time_table(curves: Curves) -> Html | None:
 
 
 def _distilled(result: Result) -> str:
+    """What else than training or the labels is in the training loss."""
+    if part(result, "config", "pruner", "name") == "retrain_free":
+        return "While it calibrates, no weight moves: the loss is that of the dense model on each batch."
     weight = number(part(result, "config", "training", "distillation", "weight"))
     if not weight:
         return ""

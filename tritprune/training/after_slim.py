@@ -19,7 +19,7 @@ from tritprune.export import save_model
 from tritprune.patterns import to_2d
 from tritprune.pruners import MaskSet
 from tritprune.pruners.masks import LayerMask
-from tritprune.slimming import SlimResult, slim_optimizer, state_sha256
+from tritprune.slimming import Carried, SlimResult, slim_optimizer, state_sha256
 from tritprune.slimming.account import selected
 from tritprune.training.checkpoint import BEFORE_SLIM, CERTIFICATE, MASKS, SLIM, RunFolder, write_json
 from tritprune.training.loop import optimizer_of, trained_in
@@ -47,7 +47,7 @@ def cut_masks(masks: MaskSet, result: SlimResult) -> MaskSet:
     return MaskSet(left)
 
 
-def hand_over(folder: RunFolder, masked: nn.Module, result: SlimResult, phase: Phase) -> None:
+def hand_over(folder: RunFolder, masked: nn.Module, result: SlimResult, phase: Phase) -> Carried:
     """Leave a checkpoint with which training goes on in the slim model, and its masks.
 
     Args:
@@ -55,6 +55,9 @@ def hand_over(folder: RunFolder, masked: nn.Module, result: SlimResult, phase: P
         masked: what was slimmed.
         result: what came of it.
         phase: the optimizer's settings.
+
+    Returns:
+        What became of the optimizer's parameters.
 
     Raises:
         CheckpointError: the checkpoint of the end of pruning is missing or damaged.
@@ -64,10 +67,11 @@ def hand_over(folder: RunFolder, masked: nn.Module, result: SlimResult, phase: P
         raise CheckpointError(f"{folder / BEFORE_SLIM} is missing: training cannot go on after slimming; run anew")
     optimizer = optimizer_of(masked, phase, trained_in(state))
     optimizer.load_state_dict(state["optimizer"])
-    slim_optimizer(optimizer, masked, result)
+    carried = slim_optimizer(optimizer, masked, result)
     cut_masks(MaskSet.load(folder / MASKS), result).save(folder / SLIM_MASKS)
     slim = {"model": result.model.state_dict(), "optimizer": optimizer.state_dict()}
     folder.save_checkpoint({**state, **slim, "phase": PHASE, "pruner": {}})
+    return carried
 
 
 def save_tuned(folder: RunFolder, model: nn.Module, *, builder: dict[str, Any], metrics: dict[str, float]) -> None:

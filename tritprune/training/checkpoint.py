@@ -140,8 +140,9 @@ class RunFolder:
         path = self / name
         if not path.exists():
             return None
+        place = "cpu" if device.startswith("cpu:") else device  # as several processes call it; torch.load does not
         try:
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=place, weights_only=True)
         except Exception as error:  # torch raises a different type for each way in which a file can be damaged
             size = path.stat().st_size
             raise CheckpointError(

@@ -243,7 +243,13 @@ class Driver:
         result.certificate.save(run.folder.path, files=[MASKS, *(f"{name}/manifest.json" for name in (PRUNED, SLIM))])
         loads = loads_with(run.folder / SLIM)
         if self._after_slim:
-            hand_over(run.folder, model, result, run.settings.prune)
+            carried = hand_over(run.folder, model, result, run.settings.prune)
+            if carried.approximate:
+                named = ", ".join(carried.approximate[:3]) + ", ..." * (len(carried.approximate) > 3)
+                run.progress.note(
+                    f"{named} took up constants of cut units, which train on as a sum and not one by one as in the "
+                    "masked model"
+                )
         write_json(run.folder / SLIMMING, _slimming_record(result) | {"loads": loads, "uniform": evened})
 
     def tune(self, dense: nn.Module) -> nn.Module:

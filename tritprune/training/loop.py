@@ -197,11 +197,11 @@ class Loop:
         if not accelerator.optimizer_step_was_skipped:
             self._lr_schedule.step()
         self.step += 1
-        if calibrating:
-            self._tune_if_chosen()
         mean = accelerator.reduce(total, "mean")
         assert isinstance(mean, Tensor)
         self._log_step(mean.item(), float(lr), clock)
+        if calibrating:
+            self._tune_if_chosen()
 
     def _tune_if_chosen(self) -> None:
         """Once calibration has chosen the masks: its batches once more, all of them on every process."""
@@ -216,7 +216,13 @@ class Loop:
             batch = {k: v.to(self.run.device) for k, v in task.collate("train", indices).items()}
             model(**task.model_inputs(batch))
 
-        pruner.tune(batches, forward, dense.to(self.run.device))
+        errors = pruner.tune(batches, forward, dense.to(self.run.device)).values()
+        if errors:
+            before, after = (sum(error[side] for error in errors) / len(errors) for side in (0, 1))
+            self.run.progress.say(
+                f"tuned    {len(errors)} layers by least squares: squared error of their outputs {before:.1%} before, "
+                f"{after:.1%} after"
+            )
 
     def _loss(self, indices: Tensor, *, distill: bool) -> Tensor:
         task = self.run.task
