@@ -178,6 +178,8 @@ class Loop:
         if not accelerator.optimizer_step_was_skipped:
             self._lr_schedule.step()
         self.step += 1
+        if self.pruner is not None:
+            self.pruner.settle()  # the loss is read here, too
         if calibrating:
             self._tune_if_chosen()
         mean = accelerator.reduce(total, "mean")

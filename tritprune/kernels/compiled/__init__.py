@@ -9,7 +9,7 @@ from tritprune.kernels.compiled.masks import apply_masks_, count_non_finite, cou
 from tritprune.kernels.compiled.n_in_m import n_in_m_group_scores, n_in_m_masks
 from tritprune.kernels.compiled.scores import accumulate_unit_scores_
 from tritprune.kernels.compiled.thresholds import crossing_units, kth_score, masks_from_threshold
-from tritprune.kernels.optimizer_reference import masked_adamw_, masked_sgd_  # these are torch's vector code already
+from tritprune.kernels.reference import masked_adamw_, masked_sgd_, restore_masks_  # torch's vector code already
 
 __all__ = [
     "accumulate_unit_scores_",
@@ -24,4 +24,5 @@ __all__ = [
     "masks_from_threshold",
     "n_in_m_group_scores",
     "n_in_m_masks",
+    "restore_masks_",
 ]
