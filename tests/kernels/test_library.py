@@ -58,6 +58,7 @@ def whole_step(scores, skipped, weights, gradients, masks):
     bounds = (torch.stack([floor[0], cap[0]], 1), torch.stack([floor[1], cap[1]], 1))
     threshold, remainder = kernels.kth_score(scores, grids, 30, kept=masks, bounds=bounds)
     new = kernels.masks_from_threshold(scores, grids, threshold, remainder, kept=masks, bounds=bounds)
+    kernels.restore_masks_(new, masks, bad.sum())
     kernels.apply_masks_(weights, new, BLOCKS)
     violations = kernels.count_violations(weights, new, BLOCKS)
     return *new, kernels.mask_statistics(new, masks), violations, threshold + 1, bad
@@ -98,6 +99,7 @@ def test_what_is_registered_passes_the_checks_of_torch():
         "n_in_m_group_scores": (positive, 2, 4),
         "count_violations": (weights, masks, flat),
         "mask_statistics": (masks, masks),
+        "restore_masks_": (masks, [~mask for mask in masks], torch.tensor(1)),
     }
     traced = {op.name for op in vars(kernels).values() if isinstance(op, kernels.Op) and op.traced is not None}
     assert calls.keys() == traced

@@ -13,6 +13,7 @@ the CPU (``compiled/``, numba) and Triton launchers (``triton/``), imported when
 | apply_masks_ | zeros where a unit is pruned |
 | count_violations | elements of pruned units that are not zero |
 | mask_statistics | kept and changed units |
+| restore_masks_ | masks back to what they were, if a number on the device says so |
 | masked_adamw_, masked_sgd_ | an optimizer step that ends with the mask |
 
 A mask is a bool a unit, or packed: a bit a unit (``packing.py``), which every operation on masks takes and makes.
@@ -37,6 +38,7 @@ count_violations = Op(reference.count_violations, checks.count_violations, libra
 masked_adamw_ = Op(reference.masked_adamw_, checks.masked_adamw_)
 masked_sgd_ = Op(reference.masked_sgd_, checks.masked_sgd_)
 mask_statistics = Op(reference.mask_statistics, checks.mask_statistics, library.mask_statistics)
+restore_masks_ = Op(reference.restore_masks_, checks.restore_masks_, library.restore_masks_)
 
 __all__ = [
     "BACKENDS",
@@ -56,6 +58,7 @@ __all__ = [
     "n_in_m_group_scores",
     "n_in_m_masks",
     "pack_mask",
+    "restore_masks_",
     "set_backend",
     "unpack_mask",
     "use_backend",

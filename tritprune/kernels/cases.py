@@ -52,6 +52,8 @@ class Case:
             returned = function(**arguments)
         if self.op == "accumulate_unit_scores_":
             results = [*arguments["scores"], arguments["skipped"]]
+        elif self.op == "restore_masks_":
+            results = list(arguments["masks"])
         elif self.op == "apply_masks_":
             results = list(arguments["tensors"])
         elif self.op in ("masked_adamw_", "masked_sgd_"):
@@ -93,6 +95,7 @@ def all_cases() -> list[Case]:
         *_apply_cases(),
         *_violation_cases(),
         *_statistics_cases(),
+        *_restore_cases(),
         *_optimizer_cases(),
     ]
 
@@ -578,6 +581,18 @@ def _statistics(name: str, shapes: Sequence[Shape], layout: str, *, packed: bool
         return {"masks": [_laid_out(mask, layout) for mask in masks[0]], "previous": masks[1]}
 
     return Case("mask_statistics", name, make)
+
+
+def _restore_cases() -> Iterator[Case]:
+    for layout, packed in (("plain", False), ("offset", False), ("plain", True)):
+        for condition in (0, 3):
+            both = _statistics(layout, [*UGLY, *WIDE, (90, 110)], layout, packed=packed)
+
+            def make(generator: torch.Generator, both: Case = both, condition: int = condition) -> Arguments:
+                return both.make(generator) | {"condition": torch.tensor(condition)}
+
+            name = f"{'packed' if packed else layout}, {'put back' if condition else 'left'}"
+            yield Case("restore_masks_", name, make)
 
 
 # --- optimizers

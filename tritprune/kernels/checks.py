@@ -145,15 +145,18 @@ def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks:
 
 def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
-    op = "mask_statistics"
-    _same_length(op, masks=masks, previous=previous)
-    for mask, old in zip(masks, previous, strict=True):
-        for name, each in (("mask", mask), ("previous mask", old)):
-            if each.dtype not in (torch.bool, torch.uint8):
-                raise ValueError(f"{op}: a {name} is bool or packed in uint8, got {_show(each)}")
-        _shape(op, "previous mask", old, tuple(mask.shape))
-        if old.dtype != mask.dtype:
-            raise ValueError(f"{op}: both masks are bool or both packed, got {_show(mask)} and {_show(old)}")
+    _masks_and_previous("mask_statistics", masks, previous)
+
+
+def restore_masks_(masks: Sequence[Tensor], previous: Sequence[Tensor], condition: Tensor) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    op = "restore_masks_"
+    _masks_and_previous(op, masks, previous)
+    if condition.dtype != torch.int64 or condition.ndim:
+        raise ValueError(f"{op}: the condition is one int64 number, got {_show(condition)}")
+    for mask in masks:
+        if not mask.is_contiguous():
+            raise ValueError(f"{op}: masks must be contiguous, got strides {mask.stride()}")
 
 
 def masked_adamw_(
@@ -243,6 +246,17 @@ def _n_in_m(op: str, scores: Sequence[Tensor], n: int, m: int) -> None:
     for score in scores:
         _two_dimensions(op, "score", score)
         _score(op, score, tuple(score.shape))
+
+
+def _masks_and_previous(op: str, masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None:
+    _same_length(op, masks=masks, previous=previous)
+    for mask, old in zip(masks, previous, strict=True):
+        for name, each in (("mask", mask), ("previous mask", old)):
+            if each.dtype not in (torch.bool, torch.uint8):
+                raise ValueError(f"{op}: a {name} is bool or packed in uint8, got {_show(each)}")
+        _shape(op, "previous mask", old, tuple(mask.shape))
+        if old.dtype != mask.dtype:
+            raise ValueError(f"{op}: both masks are bool or both packed, got {_show(mask)} and {_show(old)}")
 
 
 def _search(

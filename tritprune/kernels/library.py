@@ -45,12 +45,18 @@ def _apply(tensors: list[Tensor], masks: list[Tensor], blocks: list[int]) -> Non
     _op("apply_masks_")(tensors, masks, _pairs(blocks))
 
 
+@torch.library.custom_op("tritprune::restore_masks_", mutates_args=("masks",), tags=_TAGS)
+def _restore(masks: list[Tensor], previous: list[Tensor], condition: Tensor) -> None:
+    _op("restore_masks_")(masks, previous, condition)
+
+
 def _fake(*arguments: object, **options: object) -> None:
     """Writes in place and returns nothing: nothing to know before it runs."""
 
 
 _accumulate.register_fake(_fake)  # pyright: ignore[reportUnknownMemberType]  (torch leaves its decorator untyped)
 _apply.register_fake(_fake)  # pyright: ignore[reportUnknownMemberType]
+_restore.register_fake(_fake)  # pyright: ignore[reportUnknownMemberType]
 
 
 @torch.library.custom_op("tritprune::kth_score", mutates_args=(), tags=_TAGS)
@@ -250,6 +256,11 @@ def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks:
 def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
     """See :func:`tritprune.kernels.reference.mask_statistics`; a node of the graph that is being traced."""
     return torch.ops.tritprune.mask_statistics(list(masks), list(previous))
+
+
+def restore_masks_(masks: Sequence[Tensor], previous: Sequence[Tensor], condition: Tensor) -> None:
+    """See :func:`tritprune.kernels.reference.restore_masks_`; a node of the graph that is being traced."""
+    torch.ops.tritprune.restore_masks_(list(masks), list(previous), condition)
 
 
 def _op(name: str) -> Any:

@@ -31,6 +31,7 @@ __all__ = [
     "masks_from_threshold",
     "n_in_m_group_scores",
     "n_in_m_masks",
+    "restore_masks_",
 ]
 
 Form = Literal["magnitude", "gradient", "snip", "product"]
@@ -223,6 +224,21 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tens
         for mask, old in zip(masks, previous, strict=True)
     ]
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.int64, device=device)
+
+
+def restore_masks_(masks: Sequence[Tensor], previous: Sequence[Tensor], condition: Tensor) -> None:
+    """``mask <- previous`` in place, if the condition is not 0; the host need not know.
+
+    Bytes to move: none, or both masks once.
+
+    Args:
+        masks: bool, any shape; or packed.
+        previous: of the same types and shapes.
+        condition: int64 ``[]``.
+    """
+    for mask, old in zip(masks, previous, strict=True):
+        if bool(condition):
+            mask.copy_(old)
 
 
 def _unpacked(mask: Tensor, tensor: Tensor, block: Block) -> Tensor:

@@ -196,27 +196,35 @@ class LayerGroup:
             keep, masks, torch.cat([counts.flatten(), count_non_finite(unit_scores), self._skipped.view(1)])
         )
 
-    def non_finite(self, numbers: list[int]) -> list[int]:
-        """The part of a proposal's numbers that counts non-finite scores per site."""
-        return numbers[-1 - len(self.sites) : -1]
+    @property
+    def non_finite(self) -> slice:
+        """Which of a proposal's numbers count non-finite scores per site."""
+        return slice(-1 - len(self.sites), -1)
 
-    def commit(self, proposal: Proposal, numbers: list[int]) -> tuple[dict[str, LayerCount], int, int]:
-        """Put a proposal in force.
+    def put_in_force(self, proposal: Proposal, step: int) -> None:
+        """Make a proposal the masks; after the last prune step the scores are freed. Nothing is read back."""
+        self.masks = proposal.masks
+        self._seal()
+        self.prunes = True  # until told() knows
+        self._skipped.zero_()
+        if step >= self.times.last:
+            self.forget_scores()
+
+    def told(self, proposal: Proposal, numbers: list[int]) -> tuple[dict[str, LayerCount], int, int]:
+        """Take up the numbers of a proposal that is in force, or was.
 
         Args:
-            proposal: the new masks.
+            proposal: the masks.
             numbers: its numbers on the host.
 
         Returns:
             counts by layer, changed units, gradient elements skipped since the last update.
         """
-        rows = self._rows(numbers)
         counts = self.counts_of(proposal, numbers)
-        self.masks = proposal.masks
-        self._seal()
-        self.prunes = any(count.zeros for count in counts.values())
-        self._skipped.zero_()
-        return counts, sum(changed for _, changed in rows[: len(self.sites)]), numbers[-1]
+        if self.masks is proposal.masks:
+            self.prunes = any(count.zeros for count in counts.values())
+        changed = sum(changed for _, changed in self._rows(numbers)[: len(self.sites)])
+        return counts, changed, numbers[-1]
 
     def counts_of(self, proposal: Proposal, numbers: list[int]) -> dict[str, LayerCount]:
         """Counts by layer, if the proposal were in force."""

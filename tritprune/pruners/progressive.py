@@ -42,6 +42,8 @@ class ProgressivePruner(Pruner):
             :class:`Pruner` refuses.
     """
 
+    _may_read_later = False  # how much fades is counted on the host
+
     def __init__(self, model: nn.Module, *, progressive_steps: int = 4, **settings: Any) -> None:
         check_arguments("pruner 'progressive'", Pruner, {"model": model, **settings})
         if type(progressive_steps) is not int or progressive_steps < 2:

@@ -85,6 +85,7 @@ class RetrainFreePruner(Pruner):
     """
 
     fixes: ClassVar[dict[str, str]] = {"criterion": "retrain_free", "schedule": "one_shot"}
+    _may_read_later = False  # masks are searched on the host
 
     def __init__(
         self,
@@ -190,6 +191,7 @@ class RetrainFreePruner(Pruner):
             self.step = max(step + self._observe(batches, loss_fn), self.final_step)
             with torch.no_grad():
                 event = self._update_masks(list(self._groups))
+            assert event is not None
         except BaseException:  # as if it had not begun: a second try counts no batch twice
             self.step = step
             for name, calibration in self._calibrations.items():

@@ -197,6 +197,8 @@ class Loop:
         if not accelerator.optimizer_step_was_skipped:
             self._lr_schedule.step()
         self.step += 1
+        if self.pruner is not None:
+            self.pruner.settle()  # the loss is read here, too
         mean = accelerator.reduce(total, "mean")
         assert isinstance(mean, Tensor)
         self._log_step(mean.item(), float(lr), clock)

@@ -10,6 +10,7 @@ from tritprune.kernels.compiled.n_in_m import n_in_m_group_scores, n_in_m_masks
 from tritprune.kernels.compiled.optimizers import masked_adamw_, masked_sgd_
 from tritprune.kernels.compiled.scores import accumulate_unit_scores_
 from tritprune.kernels.compiled.thresholds import crossing_units, kth_score, masks_from_threshold
+from tritprune.kernels.reference import restore_masks_  # torch's own copy already
 
 __all__ = [
     "accumulate_unit_scores_",
@@ -24,4 +25,5 @@ __all__ = [
     "masks_from_threshold",
     "n_in_m_group_scores",
     "n_in_m_masks",
+    "restore_masks_",
 ]

@@ -21,11 +21,12 @@ from tritprune.kernels.packing import is_packed, packed_length
 from tritprune.kernels.threshold_reference import AFTER_ALL, BEFORE_ALL, Bounds, search_each
 from tritprune.kernels.units import UnitGrid
 
-_SAMPLE = 1 << 17
-_DEVIATIONS = 5.0
+_LEAST_SAMPLE, _LARGEST_SAMPLE, _UNITS_PER_SAMPLE = 1 << 16, 1 << 20, 1 << 9
+_DEVIATIONS = 4.0
 _ROOM = 1 << 21
 _WAVE = 16
 _DIGITS = 1 << 16
+_LOOK = 1 << 12
 _NONE, _BYTES, _BITS = 0, 1, 2
 
 
@@ -151,14 +152,14 @@ def kth_score(
 def _bracket(layers: Sequence[_Layer], share: float) -> tuple[float, float]:
     """Two scores between which the threshold almost surely lies, some standard deviations of a sample's rank apart."""
     units = sum(layer.score.size for layer in layers)
-    if units <= _SAMPLE:
+    if units <= 2 * _LEAST_SAMPLE:
         return -math.inf, math.inf
-    stride = -(-units // _SAMPLE) | 1  # odd: regular structure in the scores is not met at one phase only
+    wanted = min(max(units // _UNITS_PER_SAMPLE, _LEAST_SAMPLE), _LARGEST_SAMPLE)
+    stride = -(-units // wanted) | 1  # odd: regular structure in the scores is not met at one phase only
     sample = np.concatenate(run(_draw, [(layer, stride) for layer in layers]))
     spread = _DEVIATIONS * math.sqrt(sample.size * share * (1 - share)) + _DEVIATIONS
     first, last = math.floor(share * sample.size - spread), math.ceil(share * sample.size + spread)
-    inside = [place for place in (first, last) if 0 <= place < sample.size]
-    sample.partition(inside)
+    sample.sort()
     low = -math.inf if first < 0 else float(sample[first])
     return low, math.inf if last >= sample.size else float(sample[last])
 
@@ -223,18 +224,28 @@ def _collect(layer, first, last, low, high, uniform):
     sizes = np.empty(1 if uniform else standing.size + 1, np.int64)
     below = at_low = at_high = inside = filled = 0
     if uniform:
-        for start in range(0, standing.size, 32):
-            part = standing[start : min(start + 32, standing.size)]
-            near = 0
+        near = np.zeros(_LOOK, np.uint8)
+        eights = near.view(np.uint64)
+        for start in range(0, standing.size, _LOOK):
+            part = standing[start : min(start + _LOOK, standing.size)]
             for u in range(part.size):
-                below += part[u] < low
-                near += (part[u] >= low) & (part[u] <= high)
-            if near:
-                for u in range(part.size):  # written always, kept where it is inside: no branch to mispredict
-                    at_low += part[u] == low
-                    at_high += part[u] == high
-                    values[filled] = part[u]
-                    filled += (part[u] > low) & (part[u] < high)
+                near[u] = (part[u] >= low) & (part[u] <= high)
+            here = np.int32(0)
+            for u in range(part.size):
+                here += part[u] < low
+            below += here
+            near[part.size :] = 0
+            for eight in range((part.size + 7) // 8):
+                if eights[eight]:  # few of them: the loops above are the work, and they are vector code
+                    for u in range(8 * eight, min(8 * eight + 8, part.size)):
+                        values[filled] = part[u]
+                        filled += near[u]
+        found, filled = filled, 0
+        for i in range(found):
+            at_low += values[i] == low
+            at_high += values[i] == high
+            values[filled] = values[i]
+            filled += (values[i] > low) & (values[i] < high)
         size = layer.row_size * layer.col_size
         return (below * size, at_low * size, at_high * size, filled * size), values[:filled].copy(), sizes[:0].copy()
     for u in range(standing.size):

@@ -11,7 +11,7 @@ from tritprune.kernels.triton.multi_tensor import find_tile
 from tritprune.kernels.triton.n_in_m import n_in_m_group_scores, n_in_m_masks
 from tritprune.kernels.triton.optimizers import masked_adamw_, masked_sgd_
 from tritprune.kernels.triton.scores import accumulate_unit_scores_
-from tritprune.kernels.triton.statistics import count_non_finite, mask_statistics
+from tritprune.kernels.triton.statistics import count_non_finite, mask_statistics, restore_masks_
 from tritprune.kernels.triton.threshold_masks import crossing_units, masks_from_threshold
 
 INTERPRETED = isinstance(find_tile, InterpretedFunction)
@@ -31,4 +31,5 @@ __all__ = [
     "masks_from_threshold",
     "n_in_m_group_scores",
     "n_in_m_masks",
+    "restore_masks_",
 ]

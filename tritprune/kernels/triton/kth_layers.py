@@ -68,8 +68,8 @@ def _layer_histogram_kernel(
     start = tile * (ROUNDS * BLOCK)
     stop = tl.minimum(start + ROUNDS * BLOCK, n_units)
     while start < stop:
-        of = (row_ptr + 10, start, n_units, score_ptr, bounds, 0.0, KEPT, BOUNDED, ALIGNED, BLOCK)
-        score, unit, inside = load_standing(*of)
+        of = (row_ptr + 10, start, n_units, score_ptr, bounds)
+        score, unit, inside = load_standing(*of, KEPT, BOUNDED, ALIGNED, BLOCK)
         byte, chosen = byte_of(score, inside, prefix, PASS)
         if RAGGED:
             size, edge = unit_sizes(row_ptr, unit, n_units, RAGGED)

@@ -38,24 +38,25 @@ def load_mask(mask_ptr, unit, inside, PACKED: tl.constexpr):
 @triton.jit
 def load_marks(kept_ptr, start, n_units, KEPT: tl.constexpr, BLOCK: tl.constexpr):
     """1 where one of BLOCK neighbours is kept: int8 [BLOCK]. ``start`` is a multiple of 8."""
-    if KEPT == NONE:
-        return tl.full([BLOCK], 1, tl.int8)
+    marks = tl.full([BLOCK], 1, tl.int8)
     if KEPT == BYTES:
-        unit = start + tl.arange(0, BLOCK)
-        return tl.load(kept_ptr + unit, mask=unit < n_units, other=0)
-    byte = start // 8 + tl.arange(0, BLOCK // 8)  # [BLOCK // 8]
-    bits = tl.load(kept_ptr + byte, mask=byte * 8 < n_units, other=0).to(tl.int32)
-    return tl.reshape((bits[:, None] >> (7 - tl.arange(0, 8))[None, :]) & 1, [BLOCK]).to(tl.int8)
+        unit = start + tl.arange(0, BLOCK)  # [BLOCK]
+        marks = tl.load(kept_ptr + unit, mask=unit < n_units, other=0)
+    if KEPT == BITS:
+        byte = start // 8 + tl.arange(0, BLOCK // 8)  # [BLOCK // 8]
+        bits = tl.load(kept_ptr + byte, mask=byte * 8 < n_units, other=0).to(tl.int32)
+        marks = tl.reshape((bits[:, None] >> (7 - tl.arange(0, 8))[None, :]) & 1, [BLOCK]).to(tl.int8)
+    return marks
 
 
 @triton.jit
 def load_bounds(bound_scores_ptr, bound_places_ptr, layer, BOUNDED: tl.constexpr):
     """Score and index of the units at a layer's floor and at its cap."""
+    floor, floor_at, cap, cap_at = 0.0, 0, 0.0, 0  # nobody reads these
     if BOUNDED:
         floor, cap = tl.load(bound_scores_ptr + 2 * layer), tl.load(bound_scores_ptr + 2 * layer + 1)
         floor_at, cap_at = tl.load(bound_places_ptr + 2 * layer), tl.load(bound_places_ptr + 2 * layer + 1)
-        return floor, floor_at, cap, cap_at
-    return 0.0, 0, 0.0, 0  # nobody reads them
+    return floor, floor_at, cap, cap_at
 
 
 @triton.jit
@@ -152,7 +153,6 @@ def load_standing(
     n_units,
     score_ptr,
     bounds,
-    other,
     KEPT: tl.constexpr,
     BOUNDED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -161,6 +161,6 @@ def load_standing(
     """Where BLOCK neighbours stand, their indices and which of them exist."""
     unit = start + tl.arange(0, BLOCK)  # [BLOCK] int64
     inside = unit < n_units
-    score = tl.load(score_ptr + unit, mask=inside, other=other)
+    score = tl.load(score_ptr + unit, mask=inside, other=0.0)
     marks = load_marks(load_pointer(marks_ptr, tl.int8, ALIGNED), start, n_units, KEPT, BLOCK)
     return standing(score, unit, marks, bounds, KEPT, BOUNDED), unit, inside

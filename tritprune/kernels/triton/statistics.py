@@ -1,4 +1,4 @@
-"""Numbers of each layer, for the host to read when it likes.
+"""Numbers of each layer, for the host to read when it likes; and masks that such a number takes back.
 
 Kept and changed units: both masks are read once, 2 bytes a unit, or 2 bits of packed masks.
 
@@ -69,12 +69,7 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tens
         for index, (mask, old) in enumerate(zip(masks, previous, strict=True))
     ]
     for (packed, aligned), members in multi_tensor.group_by(layers, lambda layer: _variant(*layer)).items():
-        table, owners, tiles = multi_tensor.tables(
-            [(index, mask.data_ptr(), old.data_ptr(), mask.numel()) for index, mask, old in members],
-            [mask.numel() for _, mask, _ in members],
-            _BLOCK,
-            device,
-        )
+        table, owners, tiles = _table_of(members, device)
         constants = {"PACKED": packed, "ALIGNED": aligned, "BLOCK": _BLOCK}
         multi_tensor.launch(_statistics_kernel, tiles, counts, table, owners, **constants)
     return counts
@@ -85,6 +80,41 @@ def _variant(index: int, mask: Tensor, previous: Tensor) -> tuple[bool, bool]:
     del index
     aligned = multi_tensor.is_aligned(mask.data_ptr(), previous.data_ptr(), mask.numel())
     return is_packed(mask), aligned
+
+
+@triton.jit
+def _restore_kernel(
+    condition_ptr,  # [] int64
+    table_ptr,  # [T, FIELDS]: first tile, layer, mask, previous mask, bytes of a mask
+    owners_ptr,  # [tiles]
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.load(condition_ptr) != 0:
+        row_ptr, tile = find_tile(table_ptr, owners_ptr, FIELDS)
+        mask_ptr = load_pointer(row_ptr + 2, tl.int8, ALIGNED)
+        previous_ptr = load_pointer(row_ptr + 3, tl.int8, ALIGNED)
+        n_bytes = load_size(row_ptr + 4, ALIGNED)
+        place = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+        inside = place < n_bytes
+        tl.store(mask_ptr + place, tl.load(previous_ptr + place, mask=inside, other=0), mask=inside)
+
+
+def restore_masks_(masks: Sequence[Tensor], previous: Sequence[Tensor], condition: Tensor) -> None:
+    """See :func:`tritprune.kernels.reference.restore_masks_`; at most one launch for aligned masks, one for others."""
+    layers = [(index, mask, old.contiguous()) for index, (mask, old) in enumerate(zip(masks, previous, strict=True))]
+    for aligned, members in multi_tensor.group_by(layers, lambda layer: _variant(*layer)[1]).items():
+        table, owners, tiles = _table_of(members, condition.device)
+        multi_tensor.launch(_restore_kernel, tiles, condition, table, owners, ALIGNED=aligned, BLOCK=_BLOCK)
+
+
+def _table_of(members: Sequence[tuple[int, Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, int]:
+    return multi_tensor.tables(
+        [(index, mask.data_ptr(), old.data_ptr(), mask.numel()) for index, mask, old in members],
+        [mask.numel() for _, mask, _ in members],
+        _BLOCK,
+        device,
+    )
 
 
 @triton.jit

@@ -46,8 +46,8 @@ def _tied_elements(
     BLOCK: tl.constexpr,
 ):
     """Where a block's units stand, which of them exist, and the sizes of those that are at the threshold (else 0)."""
-    of = (row_ptr + 12, start, n_units, score_ptr, bounds, 0.0, KEPT, BOUNDED, ALIGNED, BLOCK)
-    stands, unit, inside = load_standing(*of)
+    of = (row_ptr + 12, start, n_units, score_ptr, bounds)
+    stands, unit, inside = load_standing(*of, KEPT, BOUNDED, ALIGNED, BLOCK)
     row_size = tl.load(row_ptr + 6)
     col_size = tl.load(row_ptr + 8)
     if RAGGED:
@@ -81,10 +81,11 @@ def _ties_kernel(
     n_units = load_size(row_ptr + 4, ALIGNED)
     threshold = tl.load(threshold_ptr + tl.load(row_ptr + 10))
     bounds = load_bounds(bound_scores_ptr, bound_places_ptr, tl.load(row_ptr + 13), BOUNDED)
-    how = (threshold, n_units, score_ptr, bounds, KEPT, BOUNDED, RAGGED, ALIGNED, BLOCK)
+    of = (threshold, n_units, score_ptr, bounds)
     found = tl.full([], 0, tl.int64)
     for number in range(ROUNDS):
-        _, _, _, tied = _tied_elements(row_ptr, (tile * ROUNDS + number) * BLOCK, *how)
+        start = (tile * ROUNDS + number) * BLOCK
+        _, _, _, tied = _tied_elements(row_ptr, start, *of, KEPT, BOUNDED, RAGGED, ALIGNED, BLOCK)
         found += tl.sum(tied)
     tl.store(ties_ptr + tl.load(row_ptr + 1) + tile, found)
 
@@ -113,20 +114,21 @@ def _masks_kernel(
     n_units = load_size(row_ptr + 4, ALIGNED)
     threshold = tl.load(threshold_ptr + tl.load(row_ptr + 10))
     bounds = load_bounds(bound_scores_ptr, bound_places_ptr, tl.load(row_ptr + 13), BOUNDED)
-    how = (threshold, n_units, score_ptr, bounds, KEPT, BOUNDED, RAGGED, ALIGNED, BLOCK)
+    of = (threshold, n_units, score_ptr, bounds)
     here = tl.load(row_ptr + 1) + tile
     own = tl.load(ties_ptr + here)
     passed = tl.full([], 0, tl.int64)
     for number in range(ROUNDS):
         start = (tile * ROUNDS + number) * BLOCK
-        stands, unit, inside, tied = _tied_elements(row_ptr, start, *how)
+        stands, unit, inside, tied = _tied_elements(row_ptr, start, *of, KEPT, BOUNDED, RAGGED, ALIGNED, BLOCK)
         keep = stands > threshold
         if own > 0:
             before = passed + tl.cumsum(tied, 0) - tied  # [BLOCK]
             up_to_last = tl.load(up_to_here_ptr + tl.load(row_ptr + 11))
             elements = up_to_last - tl.load(up_to_here_ptr + here) + own - before
             left = tl.load(remainder_ptr + tl.load(row_ptr + 10))
-            keep = keep | ((tied > 0) & (elements > left) & (stands > float("-inf")))
+            left = tl.where(threshold > float("-inf"), left, NO_PLACE)  # what stands there never stays
+            keep = keep | ((tied > 0) & (elements > left))
             passed += tl.sum(tied)
         if PACKED:
             byte = start // 8 + tl.arange(0, BLOCK // 8)  # [BLOCK // 8] int64
@@ -166,10 +168,11 @@ def _crossing_kernel(
         own = tl.load(ties_ptr + here)
         after = tl.load(up_to_here_ptr + last) - tl.load(up_to_here_ptr + here)
         if (after <= left) & (left < after + own):
-            how = (threshold, n_units, score_ptr, (0.0, 0, 0.0, 0), KEPT, False, RAGGED, ALIGNED, BLOCK)
+            of = (threshold, n_units, score_ptr, (0.0, 0, 0.0, 0))
             passed = tl.full([], 0, tl.int64)
             for number in range(ROUNDS):
-                _, unit, _, tied = _tied_elements(row_ptr, (tile * ROUNDS + number) * BLOCK, *how)
+                start = (tile * ROUNDS + number) * BLOCK
+                _, unit, _, tied = _tied_elements(row_ptr, start, *of, KEPT, False, RAGGED, ALIGNED, BLOCK)
                 elements = after + own - (passed + tl.cumsum(tied, 0) - tied)  # [BLOCK]
                 crossed = (tied > 0) & (elements - tied <= left) & (left < elements)
                 if tl.sum(crossed.to(tl.int32)) > 0:
