@@ -113,7 +113,9 @@ def test_chunks_and_threads_change_no_bit(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(optimizers, "_ALONE", 64)
     monkeypatch.setattr(optimizers, "_TOGETHER", 100)
-    assert optimizers._as_torch()
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # elsewhere the reference may stand in
+        optimizers._as_torch.cache_clear()
+        assert optimizers._as_torch()
     for ours, options in ((MaskedAdamW, ADAMW), (MaskedSGD, SGD | {"nesterov": True})):
         made = {backend: parameters() for backend in ("torch", "numba")}
         for backend, weights in made.items():

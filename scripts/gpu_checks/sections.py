@@ -73,7 +73,7 @@ def bench(place: Place) -> Iterator[Check]:
             ("counts", "--set", "tiny72"),
         ]
     for run in runs:
-        done = _run("scripts/benchmark", *run, "--out", str(folder), seconds=150)
+        done = _run("scripts/benchmark", *run, "--out", str(folder), seconds=200)
         name = "_".join(word for word in run if not word.startswith("--"))
         (folder / f"{name}.txt").parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.txt").write_text(done.stdout, encoding="utf-8")
