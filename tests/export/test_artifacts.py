@@ -7,6 +7,8 @@ from torch import nn
 import tritprune
 from tritprune.errors import CertificateError, ConfigError, MissingPackageError, RunFolderError, TraceError
 from tritprune.export import artifacts, export_onnx, export_program
+from tritprune.slimming.model_inputs import ModelInputs
+from tritprune.tasks.digits import DigitsViT
 
 
 class Net(nn.Module):
@@ -63,6 +65,22 @@ def test_an_onnx_file_runs_in_onnxruntime_with_other_shapes(tmp_path):
     other = {"input_ids": torch.ones(5, 9, dtype=torch.long), "attention_mask": torch.ones(5, 9, dtype=torch.long)}
     logits, _ = session.run(None, {name: tensor.numpy() for name, tensor in other.items()})
     torch.testing.assert_close(torch.from_numpy(logits), model(**other)["logits"])
+
+
+def test_a_model_whose_dead_blocks_are_gone_is_exported(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DigitsViT(width=8, depth=1, heads=2, hidden=12).eval()
+    for layer in (model.blocks[0].attention.value, model.blocks[0].mlp.down):
+        nn.init.zeros_(layer.weight)
+    inputs = torch.rand(2, 8, 8)
+    result = tritprune.slim_model(model, inputs)
+    assert [cut.after for cut in result.cuts] == [0, 0]
+    for kind, export in artifacts.EXPORTERS.items():
+        assert export(result.model, inputs, tmp_path / kind).max_abs_difference <= 1e-5
+        expected = [(ModelInputs.of(inputs), {"output": model(inputs)})]
+        assert artifacts.check_artifact(kind, tmp_path / kind, expected) <= 1e-5
 
 
 def test_a_file_that_differs_is_refused_with_numbers_and_the_old_one_stays(tmp_path, monkeypatch):

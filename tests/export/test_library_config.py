@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+import tritprune
+from tritprune.errors import ConfigError
 from tritprune.export import even_widths, load_model, loads_with, save_model
 from tritprune.export.library_config import describe, misfit
 
@@ -144,6 +146,14 @@ def test_what_a_configuration_cannot_say_is_named():
     assert not found.complete
     expected = "BertConfig has no value for a size of encoder.layer.0.attention.self.query.weight alone"
     assert found.because == f"{expected} (24 before, 18 now)"
+
+
+def test_a_module_that_was_added_is_named_when_saving(tmp_path):
+    model, _ = slim_of("LlamaForCausalLM", llama(), llama())
+    model.model.layers[0].mlp.adapter = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"has a module 'model\.layers\.0\.mlp\.adapter' that LlamaForCausalLM"):
+        tritprune.save(model, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bias_that_was_added_is_named():

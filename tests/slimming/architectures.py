@@ -5,6 +5,7 @@ scripts/architectures writes docs/architectures.md from it; a test fails while t
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from tritprune.slimming import SlimResult, slim_model
 from tritprune.slimming.attention import find_attention
-from tritprune.slimming.feed_forward import find_feed_forward
+from tritprune.slimming.feed_forward import FeedForward, find_feed_forward
 from tritprune.slimming.graph import trace
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
@@ -263,6 +264,28 @@ def slimmed(name: str, tracer: str = "jit") -> tuple[nn.Module, Any, SlimResult]
     return model, inputs, slim_model(model, inputs, tracer=tracer)
 
 
+def dead_blocks(name: str) -> str:
+    """What becomes of the first feed-forward block, attention and inner convolution where all of it is dead."""
+    model, inputs = build(name)
+    graph = trace(model, inputs)
+    blocks = [*find_feed_forward(graph, model)[:1], *find_attention(graph, model)[:1]]
+    readers = [block.root if isinstance(block, FeedForward) else block.output for block in blocks]
+    inner = [key for key, part in model.named_modules() if isinstance(part, nn.Conv2d) and part.in_channels > 3]
+    readers += [key for key in inner if model.get_submodule(key).groups == 1][-1:]
+    for reader in readers:
+        nn.init.zeros_(model.get_submodule(str(reader)).weight)
+    result = slim_model(model, inputs)
+    words = {"feed-forward units": "feed-forward", "heads": "attention", "channels": "convolution"}
+    said = {words[item.kind]: "removed" for item in result.cuts if item.after == 0}
+    for refusal in result.refused:
+        before, stays, reason = [*re.split("; (.+ stays?[^:]*): ", refusal.reason, maxsplit=1), "", ""][:3]
+        if "all" in before and reason:
+            convolved = isinstance(model.get_submodule(refusal.where), nn.Conv2d)
+            kind = "attention" if "heads" in before else "convolution" if convolved else "feed-forward"
+            said.setdefault(kind, f"{stays}: {reason.split(' (')[0]}")
+    return "; ".join(f"{kind} {what}" for kind, what in said.items()) or "as above"
+
+
 def found(result: SlimResult) -> str:
     """How many places of each kind."""
     counts: dict[str, int] = {}
@@ -301,7 +324,8 @@ def row(name: str) -> list[str]:
     same = all(getattr(jit, part) == getattr(export, part) for part in ("found", "cuts", "refused", "widths"))
     parameters = f"{jit.parameters_before:,} → {jit.parameters_after:,}"
     apart = max(jit.certificate.max_abs_difference, export.certificate.max_abs_difference)
-    return [name, found(jit), cut(jit), refused(jit), parameters, "the same" if same else "differ", f"{apart:.0e}"]
+    same_words = "the same" if same else "differ"
+    return [name, found(jit), cut(jit), refused(jit), dead_blocks(name), parameters, same_words, f"{apart:.0e}"]
 
 
 HEAD = """\
@@ -310,14 +334,15 @@ HEAD = """\
 [Small random models](../tests/slimming/architectures.py) in float32, with some units, channels and heads zeroed.
 Everything that is dead is cut exactly or refused by name. "Found" counts the places whose width could change: feed-
 forward blocks, attentions, channels between convolutions, and streams, which more than one layer reads. Each reason
-is given once, for the first layer that it holds. "Tracers" says whether torch.jit and torch.export lead to the same
-findings, cuts and refusals. The last column is the largest absolute difference of any output on any of the
-certificate's inputs.
+is given once, for the first layer that it holds. "Whole blocks" is what becomes of the first feed-forward block, the
+first attention and the last inner convolution where all of their units, heads or channels are dead. "Tracers" says
+whether torch.jit and torch.export lead to the same findings, cuts and refusals. The last column is the largest
+absolute difference of any output on any of the certificate's inputs.
 
 Written by `scripts/architectures`; a test fails while it is stale.
 
-| architecture | found | cut | refused, and why | parameters | tracers | difference |
-|---|---|---|---|---|---|---|
+| architecture | found | cut | refused, and why | whole blocks | parameters | tracers | difference |
+|---|---|---|---|---|---|---|---|
 """
 
 

@@ -24,7 +24,7 @@ def row(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_dead_is_cut_exactly_or_refused_by_name(name):
     pytest.importorskip("transformers")
-    _, _, cut, refused, parameters, tracers, difference = row(name)
+    _, _, cut, refused, _, parameters, tracers, difference = row(name)
     before, after = (int(number.replace(",", "")) for number in parameters.split(" → "))
     assert after < before
     assert cut != "nothing"

@@ -56,6 +56,13 @@ def test_it_loads_again_and_is_slimmed_again(dead_bert, tokens, tmp_path):
     assert "was removed, and no value of BertConfig says so; uniform=true would pad" in loads_with(folder)
     again = slim_model(loaded, tokens)
     assert (again.cuts, again.refused, again.parameters_after) == ([], [], result.parameters_after)
+    with torch.no_grad():
+        loaded.bert.encoder.layer[1].output.dense.weight[:, 3:] = 0
+    twice = slim_model(loaded, tokens)
+    assert [cut.after for cut in twice.cuts] == [3]
+    for number, saved in enumerate((twice, twice.model)):
+        found = load_model(tritprune.save(saved, tmp_path / str(number)))
+        assert torch.equal(found(**tokens).logits, twice.model(**tokens).logits)
 
 
 def test_from_pretrained_loads_it_evened_out(dead_bert, tokens, tmp_path):

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from tritprune.errors import ConfigError, RunFolderError
 from tritprune.export.builders import builder_of, check_builder, own_class
+from tritprune.export.config_fields import built
 from tritprune.export.even_widths import even_widths
 from tritprune.export.library_config import describe
 from tritprune.slimming import SlimResult
+from tritprune.slimming.account import changed_widths
 
 FORMAT = 1
 WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
@@ -106,7 +108,8 @@ def save(
     """Save a model, or the result of slimming one, so that :func:`tritprune.load` builds it again anywhere.
 
     Args:
-        model: a model as its class makes it, or what :func:`tritprune.slim_model` returned.
+        model: a model as its class makes it, or what :func:`tritprune.slim_model` returned. Of transformers, also a
+            slim model itself, or one that was slimmed more than once: its widths are held against those of its class.
         folder: made if it is missing; replaced if it holds a saved model.
         arguments: what the model's class was called with, for a class of your own.
         uniform: pad a transformers model's layers to the same widths, so that ``from_pretrained`` loads it, too.
@@ -125,7 +128,14 @@ def save(
         if builder["kind"] != "transformers":
             raise ConfigError(f"uniform is for models of transformers; {type(bare).__name__} has no configuration")
         bare, _ = even_widths(bare, type(bare))
-        widths = None
+    if builder["kind"] == "transformers":
+        try:
+            widths = changed_widths(built(bare.config, type(bare)), bare)
+        except KeyError as error:
+            raise ConfigError(
+                f"the model has a module {error} that {type(bare).__name__} does not make, so it could not be built "
+                "again; save it without what was added"
+            ) from error
     return save_model(bare, folder, builder=builder, widths=widths)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritprune.slimming.removal import RemovedAttention
+from tritprune.slimming.removal import RemovedAttention, arguments_of
 
 Selections = dict[str, dict[int, Tensor]]
 """Parameter or buffer -> {dimension: int64 indices into it as it was, in the order kept}, for what was cut."""
@@ -52,7 +52,7 @@ def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
     old = dict(before.named_modules())
     for name, module in after.named_modules():
         if isinstance(module, RemovedAttention):
-            removed[name] = {"output": module.output, "returns": module.returns}
+            removed[name] = arguments_of(module)
             continue
         was, now = _own_tensors(old[name]), _own_tensors(module)
         tensors = {key: shape for key, shape in now.items() if was.get(key, None) != shape}

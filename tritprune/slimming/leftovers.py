@@ -126,7 +126,9 @@ def _of_layer(
         for atom in atoms[zero].tolist():
             if told[atom]:
                 continue
-            reason = _shared(units, atom) or units.tie(atom) or _of_living(units, kind, atom, why, heads)
+            reason = _shared(units, atom) or units.tie(atom)
+            reason = reason or ("a width of 1 is not followed" if len(atoms) == 1 else None)
+            reason = reason or _of_living(units, kind, atom, why, heads)
             reasons[reason] = reasons.get(reason, 0) + 1
         left = int((~gone).sum())
         refusals += [
@@ -150,12 +152,6 @@ def _shared(units: Units, atom: int) -> str | None:
 def _of_living(units: Units, kind: str, atom: int, why: dict[int, str], heads: set[int]) -> str:
     """Why a row or column of zeros is part of a unit that is needed."""
     unit = int(units.unit[atom])
-    if (
-        (units.unit == unit).sum() == 1
-        and unit not in why
-        and any(len(atoms) == 1 and atoms[0] == atom for atoms in units.dims.values())
-    ):
-        return "a width of 1 is not followed"
     if int(units.family[atom]) in heads:
         return "they belong to heads that stay, and all heads have the same size"
     if unit not in why:

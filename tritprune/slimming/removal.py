@@ -28,7 +28,7 @@ class RemovedAttention(nn.Module):
 
     def __init__(self, output: str | None, layer: nn.Module | None, returns: int) -> None:
         super().__init__()
-        self.output, self.returns = output, returns
+        self._output, self._returns = output, returns  # the linear itself may be called "output"
         holder: nn.Module = self
         *parents, name = (output or "").split(".")
         for parent in parents:
@@ -48,13 +48,18 @@ class RemovedAttention(nn.Module):
         read = first_tensor(*arguments, **named)
         assert read is not None
         made = read.new_empty((*read.shape[:-1], 0))
-        if self.output is not None:
-            made = self.get_submodule(self.output)(made)
-        return (made, *[None] * (self.returns - 1)) if self.returns else made
+        if self._output is not None:
+            made = self.get_submodule(self._output)(made)
+        return (made, *[None] * (self._returns - 1)) if self._returns else made
 
     def extra_repr(self) -> str:
         """What it is, where a model is printed."""
         return "all heads were dead"
+
+
+def arguments_of(removed: RemovedAttention) -> dict[str, Any]:
+    """What a stand-in was made with, but for the linear: ``output`` and ``returns``."""
+    return {"output": removed._output, "returns": removed._returns}
 
 
 def first_tensor(*arguments: Any, **named: Any) -> Tensor | None:
