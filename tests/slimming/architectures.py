@@ -25,6 +25,7 @@ TOKENS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
 PIXELS = {"pixel_values": torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).float().sin()}
 IMAGE = PIXELS["pixel_values"]
+SEQUENCE = torch.arange(2 * 8 * 16).view(2, 8, 16).float().sin()
 
 BERT = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 BERT |= {"max_position_embeddings": 32}
@@ -79,6 +80,17 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "Llama, grouped queries": ("LlamaForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
     "Mistral": ("MistralForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
     "Qwen2": ("Qwen2ForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
+    "Phi-3": ("Phi3ForCausalLM", {**LLAMA, "num_key_value_heads": 2, "pad_token_id": 0}, {"input_ids": IDS}),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4},
+        {"input_ids": IDS},
+    ),
+    "DeBERTa-v2": (
+        "DebertaV2ForSequenceClassification",
+        {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4},
+        TOKENS,
+    ),
     "Bloom": ("BloomForCausalLM", {"vocab_size": 32, "hidden_size": 16, "n_layer": 1, "n_head": 4}, TOKENS),
     "Falcon, one key head": (
         "FalconForCausalLM",
@@ -187,6 +199,52 @@ class FanOut(nn.Module):
         return self.out(torch.cat([torch.tanh(self.left(x)), F.gelu(self.right(x))], dim=-1))
 
 
+class Einsum(nn.Module):
+    """Attention written as equations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.view(*x.shape[:2], self.heads, -1) for y in (self.query(x), self.key(x), self.value(x)))
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(2).softmax(-1)
+        return x + self.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.rnn, self.out = nn.Linear(16, 12), nn.LSTM(12, 8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(torch.relu(self.up(x)))[0])
+
+
+class UNet(nn.Module):
+    """Down, up by transposed convolutions, what was there before beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.middle = self.block(3, 8), self.block(8, 12), self.block(12, 16)
+        self.widen2, self.widen1 = nn.ConvTranspose2d(16, 12, 2, 2), nn.ConvTranspose2d(12, 8, 2, 2)
+        self.up2, self.up1, self.head = self.block(24, 12), self.block(16, 8), nn.Conv2d(8, 2, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.down1(x)
+        two = self.down2(F.max_pool2d(one, 2))
+        y = self.widen2(self.middle(F.max_pool2d(two, 2)))
+        y = self.widen1(self.up2(torch.cat([y, two], 1)))
+        return self.head(self.up1(torch.cat([y, one], 1)))
+
+
 PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "ResNet-18-like": (resnet, IMAGE),
     "MobileNet-like": (mobilenet, IMAGE),
@@ -194,8 +252,11 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2, enable_nested_tensor=False
         ),
-        torch.arange(2 * 8 * 16).view(2, 8, 16).float().sin(),
+        SEQUENCE,
     ),
+    "attention by einsum": (Einsum, SEQUENCE),
+    "LSTM": (Recurrent, SEQUENCE),
+    "U-Net": (UNet, IMAGE),
     "MLP-Mixer": (Mixer, IMAGE),
     "MLP, residual and fan-out": (FanOut, torch.arange(18.0).view(3, 6).sin()),
 }
@@ -249,6 +310,13 @@ def damage(model: nn.Module, inputs: Any) -> None:
         if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels > 3:
             module.weight[:, 0] = 0
             module.weight[:, 2] = 0
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter):  # all experts in one tensor
+            turned_experts = module.down_proj.shape[2] == model.config.hidden_size
+            units = (slice(None),) * (1 if turned_experts else 2)
+            module.down_proj[(*units, slice(4))] = 0
+        if isinstance(module, Recurrent):
+            module.rnn.weight_ih_l0[:, [0, 3]] = 0
+            module.out.weight[:, 1] = 0
         if isinstance(module, FanOut):
             module.first.weight[[1, 2]] = 0
             module.second.weight[[1]] = 0

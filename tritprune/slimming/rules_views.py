@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 
@@ -135,11 +136,13 @@ def unbind(walk: Walk, node: Node) -> list[Form] | None:
 
 def concatenate(walk: Walk, node: Node) -> Form | None:
     """Tensors behind one another along a dimension, or along a new one (stack)."""
+    shape = tuple(node.output.shape or ())
+    dim = node.argument(1, 0) % max(len(shape), 1)
     parts = [walk.form(value) for value in node.inputs[0].items]
+    if node.kind != "stack":
+        parts = [part for part in parts if part.rank > dim and part.shape[dim]]
     if not parts:
         return None
-    shape = tuple(node.output.shape or ())
-    dim = node.argument(1, 0) % len(shape)
     if node.kind == "stack":
         parts = [p.moved((*p.shape[:dim], 1, *p.shape[dim:]), lambda d: d + (d >= dim)) for p in parts]
     along = [part.group(dim) for part in parts]
@@ -175,14 +178,19 @@ def _common(walk: Walk, node: Node, parts: list[tuple[Form, tuple[Group, ...]]])
 
 
 def _joined(walk: Walk, node: Node, parts: list[Form], along: list[Group | None], dim: int) -> Group | None:
-    first = next(own for own in along if own is not None)
+    first = max((own for own in along if own is not None), key=lambda own: len(own.dims))
     groups: list[Group] = []
     for part, own in zip(parts, along, strict=True):
-        if own is None:  # its own entries have no atoms; they cannot go, and the others around them can
-            if len(first.dims) > 1:
-                return None
+        if own is None and len(first.dims) == 1:  # its own entries have no atoms; they cannot go, others around can
             groups.append(Group.of((dim,), walk.weights.new_atoms(part.shape[dim])))
             walk.pin(groups[-1], "they do not come from a parameter")
+        elif own is None or own.dims == (dim,) != first.dims:  # what all heads share, repeated for each
+            if not set(first.dims) - {dim} <= part.free:
+                return None
+            sizes = tuple(part.shape[d] if d == dim else first.atoms.shape[k] for k, d in enumerate(first.dims))
+            groups.append(Group.of(first.dims, walk.weights.new_atoms(prod(sizes)).reshape(sizes)))
+            if own is not None:
+                walk.pin(own, f"{describe(node)} repeats them for each head")
         elif set(own.dims) != set(first.dims):
             return None
         else:
@@ -238,6 +246,39 @@ def index(walk: Walk, node: Node) -> Form | None:
     return rest.moved(shape, lambda d: d + shift)
 
 
+def index_select(walk: Walk, node: Node) -> Form | None:
+    """Entries of one dimension, by numbers that are computed."""
+    form, dim = walk.form(node.inputs[0]), node.argument(1)
+    if dim is None:
+        return None
+    own = form.group(dim % form.rank)
+    if own is not None and len(own.dims) > 1:
+        return None
+    if own is not None:
+        walk.pin(own, f"{describe(node)} looks them up by number")
+    return Form(tuple(node.output.shape or ()), form.without(*([own] if own else [])), form.free - {dim % form.rank})
+
+
+def gather(walk: Walk, node: Node) -> Form | None:
+    """``y[i, j] = x[i, index[i, j]]``: along the other dimensions the result is as ``x``."""
+    form, index, shape = walk.form(node.inputs[0]), walk.form(node.inputs[2]), tuple(node.output.shape or ())
+    dim = node.argument(1, 0) % max(form.rank, 1)
+    if any(form.shape[d] != shape[d] for d in range(form.rank) if d != dim):
+        return None
+    kept: list[Group] = []
+    for group in form.groups:
+        if dim in group.dims:
+            walk.lock_or_pin(group, [dim], f"{describe(node)} looks them up by number")
+            group = group.first_of(dim) if len(group.dims) > 1 else group
+        if dim in group.dims:
+            continue
+        if all(index.shape[d] == 1 or index.follows(d, group) for d in group.dims):
+            kept.append(group.unknown())
+        else:
+            walk.pin(group, f"{describe(node)} looks up other entries for each of them")
+    return Form(shape, tuple(kept))
+
+
 def rolled(walk: Walk, node: Node) -> Form | None:
     """Entries in another order along some dimensions."""
     form = walk.form(node.inputs[0])
@@ -272,7 +313,9 @@ VIEWS: dict[str, Rule] = {
     **dict.fromkeys(("roll", "flip"), rolled),
     "_reshape_alias": reshape,
     "embedding": embedding,
+    "gather": gather,
     "index": index,
+    "index_select": index_select,
     "movedim": movedim,
     "permute": permute,
     "select": select,
