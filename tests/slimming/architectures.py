@@ -1,12 +1,13 @@
 """Small random models of the architectures that people bring, with dead parts, and the table of what the slimmer does.
 
-scripts/architectures writes docs/architectures.md from it; a test fails while the table is stale.
+scripts/architectures writes docs/architectures.md from it; a test fails while the table is stale. With --all the second
+table of the page is written, too, from more_architectures.py.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -387,18 +388,43 @@ Written by `scripts/architectures`; a test fails while it is stale.
 | architecture | found | cut | refused, and why | parameters | tracers | difference |
 |---|---|---|---|---|---|---|
 """
+MORE_HEAD = """
+## More of them
+
+Written by `scripts/architectures --all`, which takes some minutes; no test repeats it.
+
+| architecture | found | cut | refused, and why | parameters | tracers | difference |
+|---|---|---|---|---|---|---|
+"""
 
 
-def page(rows: list[list[str]]) -> str:
-    """The page as text."""
-    return HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+def table(names: Iterable[str]) -> str:
+    """One line for each name."""
+    return "".join(f"| {' | '.join(row(name))} |\n" for name in names)
+
+
+def page(first: str, second: str | None = None) -> str:
+    """The page as text: its tables, the second as it was unless given."""
+    if second is None:
+        second = PAGE.read_text(encoding="utf-8").partition(MORE_HEAD)[2]
+    return HEAD + first + (MORE_HEAD + second if second else "")
+
+
+def add_more() -> tuple[str, ...]:
+    """Let the second table's architectures be known; their names."""
+    from more_architectures import MORE, MORE_PLAIN
+
+    TRANSFORMERS.update(MORE)
+    PLAIN.update(MORE_PLAIN)
+    return (*MORE, *MORE_PLAIN)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     chosen = sys.argv[1:]
-    if chosen:
-        print(page([row(name) for name in chosen]))
+    more = add_more() if chosen else ()
+    if chosen and chosen != ["--all"]:
+        print(table(chosen))
     else:
-        PAGE.write_text(page([row(name) for name in NAMES]), encoding="utf-8")
+        PAGE.write_text(page(table(NAMES), table(more) if more else None), encoding="utf-8")
         print(f"wrote {PAGE}")

@@ -124,8 +124,8 @@ def _behind(product: Node, probabilities: Value, values: Value, graph: Graph) ->
 
 def _scores(node: Node) -> Value:
     """Of what ``node`` reads, the scores: not the condition of a choice, nor what is appended to them."""
-    if node.kind == "where" and len(node.inputs) > 2:
-        return next((v for v in node.inputs[1:3] if v.shape == node.output.shape), node.inputs[1])
+    if node.kind == "where":
+        return next((value for value in node.inputs[1:3] if value.shape == node.output.shape), node.inputs[0])
     return next(node.inputs[0].tensors(), node.inputs[0])
 
 
