@@ -1,13 +1,14 @@
 """Small random models of the architectures that people bring, with dead parts, and the table of what the slimmer does.
 
-scripts/architectures writes docs/architectures.md from it; a test fails while the table is stale.
+scripts/architectures writes docs/architectures.md from it; a test fails while the table is stale. With --all the second
+table of the page is written, too, from more_architectures.py.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ TOKENS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
 PIXELS = {"pixel_values": torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).float().sin()}
 IMAGE = PIXELS["pixel_values"]
+SEQUENCE = torch.arange(2 * 8 * 16).view(2, 8, 16).float().sin()
 
 BERT = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 BERT |= {"max_position_embeddings": 32}
@@ -80,6 +82,17 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "Llama, grouped queries": ("LlamaForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
     "Mistral": ("MistralForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
     "Qwen2": ("Qwen2ForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
+    "Phi-3": ("Phi3ForCausalLM", {**LLAMA, "num_key_value_heads": 2, "pad_token_id": 0}, {"input_ids": IDS}),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4},
+        {"input_ids": IDS},
+    ),
+    "DeBERTa-v2": (
+        "DebertaV2ForSequenceClassification",
+        {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4},
+        TOKENS,
+    ),
     "Bloom": ("BloomForCausalLM", {"vocab_size": 32, "hidden_size": 16, "n_layer": 1, "n_head": 4}, TOKENS),
     "Falcon, one key head": (
         "FalconForCausalLM",
@@ -188,6 +201,52 @@ class FanOut(nn.Module):
         return self.out(torch.cat([torch.tanh(self.left(x)), F.gelu(self.right(x))], dim=-1))
 
 
+class Einsum(nn.Module):
+    """Attention written as equations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.view(*x.shape[:2], self.heads, -1) for y in (self.query(x), self.key(x), self.value(x)))
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(2).softmax(-1)
+        return x + self.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.rnn, self.out = nn.Linear(16, 12), nn.LSTM(12, 8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(torch.relu(self.up(x)))[0])
+
+
+class UNet(nn.Module):
+    """Down, up by transposed convolutions, what was there before beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.middle = self.block(3, 8), self.block(8, 12), self.block(12, 16)
+        self.widen2, self.widen1 = nn.ConvTranspose2d(16, 12, 2, 2), nn.ConvTranspose2d(12, 8, 2, 2)
+        self.up2, self.up1, self.head = self.block(24, 12), self.block(16, 8), nn.Conv2d(8, 2, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.down1(x)
+        two = self.down2(F.max_pool2d(one, 2))
+        y = self.widen2(self.middle(F.max_pool2d(two, 2)))
+        y = self.widen1(self.up2(torch.cat([y, two], 1)))
+        return self.head(self.up1(torch.cat([y, one], 1)))
+
+
 PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "ResNet-18-like": (resnet, IMAGE),
     "MobileNet-like": (mobilenet, IMAGE),
@@ -195,8 +254,11 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2, enable_nested_tensor=False
         ),
-        torch.arange(2 * 8 * 16).view(2, 8, 16).float().sin(),
+        SEQUENCE,
     ),
+    "attention by einsum": (Einsum, SEQUENCE),
+    "LSTM": (Recurrent, SEQUENCE),
+    "U-Net": (UNet, IMAGE),
     "MLP-Mixer": (Mixer, IMAGE),
     "MLP, residual and fan-out": (FanOut, torch.arange(18.0).view(3, 6).sin()),
 }
@@ -250,6 +312,13 @@ def damage(model: nn.Module, inputs: Any) -> None:
         if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels > 3:
             module.weight[:, 0] = 0
             module.weight[:, 2] = 0
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter):  # all experts in one tensor
+            turned_experts = module.down_proj.shape[2] == model.config.hidden_size
+            units = (slice(None),) * (1 if turned_experts else 2)
+            module.down_proj[(*units, slice(4))] = 0
+        if isinstance(module, Recurrent):
+            module.rnn.weight_ih_l0[:, [0, 3]] = 0
+            module.out.weight[:, 1] = 0
         if isinstance(module, FanOut):
             module.first.weight[[1, 2]] = 0
             module.second.weight[[1]] = 0
@@ -344,18 +413,43 @@ Written by `scripts/architectures`; a test fails while it is stale.
 | architecture | found | cut | refused, and why | whole blocks | parameters | tracers | difference |
 |---|---|---|---|---|---|---|---|
 """
+MORE_HEAD = """
+## More of them
+
+Written by `scripts/architectures --all`, which takes some minutes; no test repeats it.
+
+| architecture | found | cut | refused, and why | parameters | tracers | difference |
+|---|---|---|---|---|---|---|
+"""
 
 
-def page(rows: list[list[str]]) -> str:
-    """The page as text."""
-    return HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+def table(names: Iterable[str]) -> str:
+    """One line for each name."""
+    return "".join(f"| {' | '.join(row(name))} |\n" for name in names)
+
+
+def page(first: str, second: str | None = None) -> str:
+    """The page as text: its tables, the second as it was unless given."""
+    if second is None:
+        second = PAGE.read_text(encoding="utf-8").partition(MORE_HEAD)[2]
+    return HEAD + first + (MORE_HEAD + second if second else "")
+
+
+def add_more() -> tuple[str, ...]:
+    """Let the second table's architectures be known; their names."""
+    from more_architectures import MORE, MORE_PLAIN
+
+    TRANSFORMERS.update(MORE)
+    PLAIN.update(MORE_PLAIN)
+    return (*MORE, *MORE_PLAIN)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     chosen = sys.argv[1:]
-    if chosen:
-        print(page([row(name) for name in chosen]))
+    more = add_more() if chosen else ()
+    if chosen and chosen != ["--all"]:
+        print(table(chosen))
     else:
-        PAGE.write_text(page([row(name) for name in NAMES]), encoding="utf-8")
+        PAGE.write_text(page(table(NAMES), table(more) if more else None), encoding="utf-8")
         print(f"wrote {PAGE}")

@@ -16,7 +16,7 @@ from tritprune.errors import CheckpointError, ConfigError, TritpruneError
 from tritprune.export.builders import build_bare, check_builder, check_class
 from tritprune.export.saved_model import CONFIG, FORMAT, MANIFEST, WEIGHTS, sha256_of
 from tritprune.slimming.removal import Removal, remove
-from tritprune.slimming.surgery import settle
+from tritprune.slimming.surgery import own_config, settle
 
 
 def load_model(
@@ -158,13 +158,15 @@ def _reshape(module: nn.Module, name: str, part: str, shape: list[int] | None) -
 
 
 def _set_counts(module: nn.Module, name: str, counts: Mapping[str, Any]) -> None:
-    for attribute, value in counts.items():
+    own = any(attribute.startswith("config.") for attribute in counts) and own_config(module)
+    for path, value in counts.items():
+        holder, attribute = (own, path.removeprefix("config.")) if path.startswith("config.") else (module, path)
         made = tuple(value) if isinstance(value, list) else value
-        old = getattr(module, attribute)
+        old = getattr(holder, attribute)
         parts = made if isinstance(made, tuple) else (made,)
         if type(made) is not type(old) or not all(type(part) is int for part in parts):
-            raise CheckpointError(f"the manifest sets '{name}.{attribute}' to {value!r}, which is not a count")
-        setattr(module, attribute, made)
+            raise CheckpointError(f"the manifest sets '{name}.{path}' to {value!r}, which is not a count")
+        setattr(holder, attribute, made)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str], folder: Path) -> None:

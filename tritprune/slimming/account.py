@@ -42,9 +42,10 @@ def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
     Returns:
         ``{"layers": {module: {"tensors": {name: shape or None}, "sizes": {attribute: number or list}}},
         "attributes": {module: {attribute: number}}}``: own tensors of a module that have another shape, or are new, or
-        gone (None); the attributes of :data:`SIZES` that changed; and all other counts that changed, as those of heads.
-        Where attentions were removed, also ``"removed": {module: {"output": name or None, "returns": number}}``: the
-        arguments of :class:`tritprune.slimming.removal.RemovedAttention`.
+        gone (None); the attributes of :data:`SIZES` that changed; and all other counts that changed, as those of heads,
+        ``config.`` before those in a configuration of the module's own. Where attentions were removed, also
+        ``"removed": {module: {"output": name or None, "returns": number}}``: the arguments of
+        :class:`tritprune.slimming.removal.RemovedAttention`.
     """
     layers: dict[str, dict[str, Any]] = {}
     attributes: dict[str, dict[str, Any]] = {}
@@ -77,3 +78,8 @@ def _changed_counts(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, 
         several = isinstance(value, tuple) and value and all(type(part) is int for part in value)
         if not name.startswith("_") and (one or several) and value != was:
             yield name, value if one else list(value)  # type: ignore[arg-type]
+    mine, theirs = vars(after).get("config"), vars(before).get("config")
+    if type(mine) is type(theirs) and hasattr(mine, "__dict__") and not isinstance(mine, nn.Module):
+        for name, value in vars(mine).items():
+            if type(value) is int and type(vars(theirs).get(name)) is int and value != vars(theirs)[name]:
+                yield f"config.{name}", value

@@ -74,7 +74,7 @@ class Group:
     def simplified(self) -> "Group":
         """Without the axes along which the atoms do not change; one axis stays."""
         made = self
-        for dim in self.dims:
+        for dim in self.dims if self.atoms.size else ():
             if len(made.dims) > 1 and bool((made.atoms == made.atoms.take([0], made.axis(dim))).all()):
                 made = made.first_of(dim)
         return made

@@ -9,6 +9,7 @@ from tritprune.slimming.attention import Attention
 from tritprune.slimming.forms import distinct
 from tritprune.slimming.linears import is_linear
 from tritprune.slimming.places import Place, count_heads, first_atoms, is_empty
+from tritprune.slimming.rules_sums import GROUPED
 from tritprune.slimming.units import Units
 from tritprune.slimming.walk import Walk
 
@@ -42,7 +43,7 @@ def explain_leftovers(units: Units, places: list[Place]) -> list[Refusal]:
             continue
         if is_linear(module) or isinstance(module, nn.modules.conv._ConvNd):
             refusals += _of_layer(units, walk, name, module, why, told, heads)
-    return refusals
+    return refusals + [entry for name in _stacked(walk) for entry in _of_experts(units, name)]
 
 
 def _kept_units(units: Units, places: list[Place], told: np.ndarray) -> list[Refusal]:
@@ -79,7 +80,8 @@ def _dead_heads(units: Units, places: list[Place], told: np.ndarray) -> list[Ref
             reasons: dict[str, int] = {}
             for atoms in heads:
                 atom = int(atoms[0])
-                reason = units.reason(atom) or units.tie(atom) or "other heads need the keys and values that they share"
+                reason = units.reason(atom) or units.tie(atom) or _held_beside(units, attention)
+                reason = reason or "other heads need the keys and values that they share"
                 reasons[reason] = reasons.get(reason, 0) + 1
                 told[atoms] = True
                 if units.reason(atom):
@@ -90,6 +92,17 @@ def _dead_heads(units: Units, places: list[Place], told: np.ndarray) -> list[Ref
                 for reason, count in reasons.items()
             ]
     return refusals
+
+
+def _held_beside(units: Units, attention: Attention) -> str | None:
+    """Why rows of query, key or value must stay, where the heads are no units of their own."""
+    for layer in attention.feeding:
+        for (name, dim), atoms in units.dims.items():
+            if dim == 0 and name.rpartition(".")[0] == layer:
+                held = [unit for unit in distinct(units.unit[atoms]).tolist() if unit in units.pinned]
+                if held:
+                    return units.pinned[held[0]]
+    return None
 
 
 def _staying(units: Units, attention: Attention, told: np.ndarray) -> list[np.ndarray]:
@@ -135,6 +148,32 @@ def _of_layer(
             Refusal(kind, name, f"{count} of {left} {kind} are dead but stay: {reason}")
             for reason, count in reasons.items()
         ]
+    return refusals
+
+
+def _stacked(walk: Walk) -> list[str]:
+    """The weights of all experts in one tensor [experts, .., ..], each once."""
+    return list(dict.fromkeys(reader.weight for reader in walk.readers if reader.node.kind in GROUPED))
+
+
+def _of_experts(units: Units, name: str) -> list[Refusal]:
+    """Units that single experts can do without: a tensor of all experts has one width."""
+    (reader, *_) = (r for r in units.walk.readers if r.weight == name)
+    weight = units.weights.tensors[name]
+    zero = ~(weight != 0).any(dim=3 - reader.dim).cpu().numpy()  # [experts, units]
+    gone = units.weights.gone_of(name, reader.dim)
+    count = int(zero[:, ~zero.all(0)].sum())
+    where, refusals = name.rpartition(".")[0], []
+    if count:
+        reason = "all experts are one tensor, and a unit goes only where it is dead in each of them"
+        refusals.append(Refusal("columns", where, f"{count} of {zero.size} columns are dead but stay: {reason}"))
+    reasons: dict[str, int] = {}
+    for atom in units.dims[name, reader.dim][zero.all(0) & ~gone].tolist():
+        reason = units.reason(atom) or "their units are alive"
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, number in reasons.items():
+        text = f"{number} of {zero.shape[1]} columns are dead but stay: {reason}"
+        refusals.append(Refusal("columns", where, text))
     return refusals
 
 

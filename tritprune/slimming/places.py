@@ -153,10 +153,12 @@ def is_empty(units: Units, attention: Attention) -> bool:
 def first_atoms(units: Units, value: Value) -> Array | None:
     """One atom of each head of queries or keys, each head once; None if no dimension counts heads."""
     form = units.walk.forms[value.name]
-    group = form.group(form.rank - 3) if form.rank >= 3 else None
-    if group is None:
+    counted = [dim for dim in (form.rank - 3, form.rank - 2, *range(form.rank - 3)) if dim >= 0]
+    dim = next((dim for dim in counted if form.group(dim) is not None), None) if form.rank >= 3 else None
+    group = form.group(dim) if dim is not None else None
+    if group is None or dim is None:
         return None
-    axis = group.axis(form.rank - 3)
+    axis = group.axis(dim)
     atoms = np.moveaxis(group.atoms, axis, 0).reshape(group.atoms.shape[axis], -1)[:, 0]
     return distinct(atoms)
 
@@ -171,7 +173,9 @@ def cuts_of(units: Units, places: list[Place]) -> list[Cut]:
                 if heads.after != heads.before:
                     made.append(Cut("heads", attention.where, heads.before, heads.after, "head"))
             continue
-        key = place.dims[0] if place.convolutions else next(d for d in place.dims if _layer(d[0]) == place.readers[0])
+        read = dict.fromkeys((reader.weight, reader.dim) for reader in units.walk.readers)
+        key = next(k for k in read if k in place.dims and _layer(k[0]) == place.readers[0])
+        key = place.dims[0] if place.convolutions else key
         atoms = units.dims[key]
         left = int((~units.weights.gone[atoms]).sum())
         if left != len(atoms):

@@ -74,10 +74,8 @@ def combined(walk: Walk, node: Node, forms: list[Form], shape: tuple[int, ...]) 
         for group in made:
             alone = [d for d in group.dims if form.shape[d] > 1 and form.group(d) is None]
             bare = [d for d in alone if not form.follows(d, group)]
-            if bare and set(bare) == set(group.dims):
-                walk.pin(group, f"{describe(node)} combines them with {_other(walk, node)}")
-            elif bare:
-                walk.lock(group, bare)
+            if bare:
+                walk.lock_or_pin(group, bare, f"{describe(node)} combines them with {_other(walk, node)}")
     return made
 
 

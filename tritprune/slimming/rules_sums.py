@@ -65,6 +65,14 @@ def _outputs(walk: Walk, weight: Form, kept: int, dim: int, bias: Value | None) 
     return [made.with_constants(zero, np.zeros(zero.shape) if added is None else added[rows])]
 
 
+def grouped(walk: Walk, node: Node) -> Form | None:
+    """``y = x W[expert of its row]`` with the weights of all experts in one [experts, in, out]: they have one width."""
+    weight = walk.form(node.inputs[1])
+    if weight.rank != 3 or len(walk.form(node.inputs[0]).shape) != 2:
+        return None
+    return _weighted(walk, node, walk.form(node.inputs[0]), weight, 1, 2, None)
+
+
 def convolution(walk: Walk, node: Node) -> Form | None:
     """Channels in dimension 1; the weight is [out, in / groups, ...], transposed [in, out / groups, ...]."""
     x, weight = walk.form(node.inputs[0]), walk.form(node.inputs[1])
@@ -218,7 +226,11 @@ def _added(walk: Walk, node: Node, form: Form, value: Value) -> Form:
     return replace(form, groups=tuple(group.unknown() for group in groups), sums_to_one=False)
 
 
+GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+"""Products of each row with the weight of its expert."""
+
 SUMS: dict[str, Rule] = {
+    **dict.fromkeys(GROUPED, grouped),
     "addmm": addmm,
     "baddbmm": baddbmm,
     "bmm": matmul,

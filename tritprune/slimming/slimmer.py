@@ -23,7 +23,7 @@ from tritprune.slimming.units import Units
 
 __all__ = ["Cut", "SlimResult", "slim", "slim_model", "survey"]
 
-STYLES = ("known", "counts", "all")
+STYLES = ("known", "counts", "all", "config")
 """Which attributes of an attention count its heads: what is tried, in this order."""
 
 
@@ -296,6 +296,9 @@ class _Slimmer:
                 made = tensors_of(self.inputs.call(slim))
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError) as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "multiple of 16 bytes" in said:  # products of stacked experts
+                size = max(p.element_size() for p in self.model.parameters())
+                said = f"{said}: round_to={max(16 // size, 1)} keeps to that"
             return f"the model does not run without them ({said})"
         difference = largest_difference(self._reference, made)
         return None if difference.within else f"without them the model's outputs differ by {difference.largest:.1e}"

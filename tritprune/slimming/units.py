@@ -14,17 +14,21 @@ from torch import nn
 
 from tritprune.slimming.forms import Array, components, distinct
 from tritprune.slimming.nodes import Graph
+from tritprune.slimming.rules_einsum import EINSUM
 from tritprune.slimming.rules_elementwise import POINTWISE
+from tritprune.slimming.rules_joins import JOINS
+from tritprune.slimming.rules_lookups import LOOKUPS
 from tritprune.slimming.rules_norms import NORMS
+from tritprune.slimming.rules_recurrent import RECURRENT
 from tritprune.slimming.rules_sums import SUMS
 from tritprune.slimming.rules_views import VIEWS
 from tritprune.slimming.walk import Reader, Walk, describe
 from tritprune.slimming.weights import Weights
 
-RULES = {**POINTWISE, **VIEWS, **SUMS, **NORMS}
+RULES = {**POINTWISE, **VIEWS, **JOINS, **LOOKUPS, **SUMS, **NORMS, **EINSUM, **RECURRENT}
 """The rule of each operation."""
 
-PASSING = frozenset((*POINTWISE, *VIEWS, *NORMS))
+PASSING = frozenset((*POINTWISE, *VIEWS, *JOINS, *LOOKUPS, *NORMS))
 """The operations that make no new width."""
 
 
