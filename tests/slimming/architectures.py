@@ -349,7 +349,7 @@ def dead_blocks(name: str) -> str:
     for refusal in result.refused:
         before, stays, reason = [*re.split("; (.+ stays?[^:]*): ", refusal.reason, maxsplit=1), "", ""][:3]
         if "all" in before and reason:
-            convolved = isinstance(model.get_submodule(refusal.where), nn.Conv2d)
+            convolved = isinstance(dict(model.named_modules()).get(refusal.where), nn.Conv2d)
             kind = "attention" if "heads" in before else "convolution" if convolved else "feed-forward"
             said.setdefault(kind, f"{stays}: {reason.split(' (')[0]}")
     return "; ".join(f"{kind} {what}" for kind, what in said.items()) or "as above"

@@ -43,9 +43,14 @@ class Attention:
         return list(dict.fromkeys([*self.query, *self.key, *self.value]))
 
     @property
+    def module(self) -> str:
+        """Dotted name of the module that holds the block; empty for the model itself."""
+        return common_parent(self.feeding)
+
+    @property
     def where(self) -> str:
-        """The module that holds the block."""
-        return common_parent(self.feeding) or ", ".join(self.feeding)
+        """How reports call the block: the module that holds it, or its linears where that is the model itself."""
+        return self.module or ", ".join(self.feeding)
 
 
 def find_attention(graph: Graph, model: nn.Module) -> list[Attention]:

@@ -196,7 +196,7 @@ class _Slimmer:
         """The places that fail when they lose all of their units; those whose attention is of one class together."""
         alike: dict[Any, list[Place]] = {}
         for place in emptied:
-            kinds = tuple(type(self.model.get_submodule(attention.where)) for attention in place.attentions)
+            kinds = tuple(type(self.model.get_submodule(attention.module)) for attention in place.attentions)
             alike.setdefault(kinds or place.kind, []).append(place)
         blamed: dict[int, str] = {}
         for group in alike.values() if len(alike) > 1 else ():
