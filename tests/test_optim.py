@@ -8,7 +8,8 @@ from torch import nn
 
 from tritprune import Pruner
 from tritprune.errors import ConfigError
-from tritprune.kernels import compiled_optimizers, masked_adamw_, pack_mask, use_backend
+from tritprune.kernels import masked_adamw_, pack_mask, use_backend
+from tritprune.kernels.compiled import optimizers
 from tritprune.optim import MaskedAdamW, MaskedSGD, WeightMask
 from tritprune.pruners import group as group_module
 
@@ -110,11 +111,11 @@ def test_many_steps_are_those_of_torch_and_the_mask_bit_for_bit(ours, theirs, op
 @pytest.mark.parametrize("threads", [1, 2])
 def test_chunks_and_threads_change_no_bit(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(compiled_optimizers, "_ALONE", 64)
-    monkeypatch.setattr(compiled_optimizers, "_TOGETHER", 100)
+    monkeypatch.setattr(optimizers, "_ALONE", 64)
+    monkeypatch.setattr(optimizers, "_TOGETHER", 100)
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # elsewhere the reference may stand in
-        compiled_optimizers._as_torch.cache_clear()
-        assert compiled_optimizers._as_torch()
+        optimizers._as_torch.cache_clear()
+        assert optimizers._as_torch()
     for ours, options in ((MaskedAdamW, ADAMW), (MaskedSGD, SGD | {"nesterov": True})):
         made = {backend: parameters() for backend in ("torch", "numba")}
         for backend, weights in made.items():
@@ -129,8 +130,8 @@ def test_chunks_and_threads_change_no_bit(threads, monkeypatch):
 
 def test_where_the_loops_would_differ_from_torch_they_do_not_run(monkeypatch):
     expected, weights = parameters(), parameters()
-    monkeypatch.setattr(compiled_optimizers, "_as_torch", lambda: False)
-    monkeypatch.setattr(compiled_optimizers, "_adamw", None)
+    monkeypatch.setattr(optimizers, "_as_torch", lambda: False)
+    monkeypatch.setattr(optimizers, "_adamw", None)
     for net, backend in ((expected, "torch"), (weights, "numba")):
         fill_gradients((net,), 0)
         with use_backend(backend):

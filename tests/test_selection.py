@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritprune.errors import BudgetError, NonFiniteScoreError
-from tritprune.kernels import UnitGrid
+from tritprune.kernels import UnitGrid, count_non_finite, pack_mask, unpack_mask
 from tritprune.selection import (
     Demand,
     at_least,
     check_feasible,
-    count_non_finite,
     exact_budget,
     largest_unit,
     normalize_scores,
@@ -92,10 +91,10 @@ def test_units_of_unequal_size_go_while_they_fit_and_not_after():
 
 
 def test_what_has_gone_stays_gone_whatever_its_score():
-    pruned = [SCORES([[False, False, True, False]])]
-    keep = select([SCORES([[1.0, 2.0, 9.0, 3.0]])], [row(4)], 2, pruned=pruned)
+    kept = [SCORES([[True, True, False, True]])]
+    keep = select([SCORES([[1.0, 2.0, 9.0, 3.0]])], [row(4)], 2, kept=kept)
     assert keep[0].tolist() == [[False, True, False, True]]
-    keep = select([SCORES([[1.0, 2.0, 9.0, 3.0]])], [row(4)], 0, pruned=pruned)
+    keep = select([SCORES([[1.0, 2.0, 9.0, 3.0]])], [row(4)], 0, kept=kept)
     assert keep[0].tolist() == [[True, True, False, True]]
 
 
@@ -122,15 +121,15 @@ def test_a_floor_takes_the_fewest_whole_units_that_reach_it():
 
 
 def test_a_held_layer_loses_nothing_more():
-    pruned = [SCORES([[True, False, False]]), SCORES([[False, False, False]])]
+    kept = [SCORES([[False, True, True]]), SCORES([[True, True, True]])]
     scores = [SCORES([[5.0, 0.0, 0.0]]), SCORES([[1.0, 2.0, 3.0]])]
-    keep = select(scores, [row(3), row(3)], 3, pruned=pruned, caps=[0, None])
+    keep = select(scores, [row(3), row(3)], 3, kept=kept, caps=[0, None])
     assert [k.tolist() for k in keep] == [[[False, True, True]], [[False, False, True]]]
 
 
 def test_scores_are_not_changed():
     scores = SCORES([[1.0, 2.0]])
-    select([scores], [row(2)], 1, pruned=[SCORES([[True, False]])], caps=[1], floors=[1])
+    select([scores], [row(2)], 1, kept=[SCORES([[False, True]])], caps=[1], floors=[1])
     assert scores.tolist() == [[1.0, 2.0]]
 
 
@@ -223,9 +222,26 @@ def selections(draw):
 def test_selection_is_what_the_oracle_says(case):
     scores, grids, budget, pruned, floors, caps = case
     expected = oracle(scores, grids, budget, pruned, floors, caps)
-    actual = select(scores, grids, budget, pruned=pruned, floors=floors, caps=caps)
+    kept = [~gone for gone in pruned]
+    if budget % 2:
+        bits = [pack_mask(mask) for mask in kept]
+        actual = select(scores, grids, budget, kept=bits, floors=floors, caps=caps, packed=True)
+        actual = [unpack_mask(mask, wanted.shape) for mask, wanted in zip(actual, expected, strict=True)]
+    else:
+        actual = select(scores, grids, budget, kept=kept, floors=floors, caps=caps)
     for mine, theirs in zip(actual, expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@given(selections(), st.lists(st.integers(0, 60), min_size=3, max_size=3))
+def test_budgets_of_their_own_are_searched_together_as_alone(case, budgets):
+    scores, grids, _, pruned, floors, caps = case
+    kept, budgets = [~gone for gone in pruned], budgets[: len(grids)]
+    together = select(scores, grids, budgets, kept=kept, floors=floors, caps=caps)
+    layers = zip(scores, grids, budgets, kept, floors, caps, strict=True)
+    for mine, (score, grid, budget, own, floor, cap) in zip(together, layers, strict=True):
+        (alone,) = select([score], [grid], budget, kept=[own], floors=[floor], caps=[cap])
+        assert torch.equal(mine, alone)
 
 
 def test_the_oracle_can_tell_a_wrong_tie():
@@ -237,8 +253,8 @@ def test_the_oracle_can_tell_a_wrong_tie():
 @given(selections())
 def test_a_larger_budget_prunes_a_superset(case):
     scores, grids, budget, pruned, floors, caps = case
-    less = select(scores, grids, budget, pruned=pruned, floors=floors, caps=caps)
-    more = select(scores, grids, budget + 3, pruned=pruned, floors=floors, caps=caps)
+    less = select(scores, grids, budget, kept=[~gone for gone in pruned], floors=floors, caps=caps)
+    more = select(scores, grids, budget + 3, kept=[~gone for gone in pruned], floors=floors, caps=caps)
     assert all(bool((a | ~b).all()) for a, b in zip(less, more, strict=True))
 
 

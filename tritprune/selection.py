@@ -4,19 +4,21 @@ The order in which units go is: score ascending; among equals the higher (layer,
 the longest prefix of that order whose elements do not exceed the budget. Caps and floors per layer are hard: units past
 a layer's cap leave the order, units that a floor demands move to its front; the budget that this displaces is spent in
 the same order on the other layers.
+
+No backend copies the scores for it: masks of what has gone are read beside them, and a floor or a cap is one unit of
+its layer. Beside its result a selection takes at most 64 MB, whatever the size of the layers.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from tritprune.errors import BudgetError, NonFiniteScoreError
-from tritprune.kernels import UnitGrid, kth_score, masks_from_threshold
+from tritprune.kernels import UnitGrid, count_non_finite, crossing_units, kth_score, masks_from_threshold
 
 Normalize = Literal["none", "l2", "max"]
 
@@ -56,39 +58,39 @@ def largest_unit(grid: UnitGrid) -> int:
 def select(
     scores: Sequence[Tensor],
     grids: Sequence[UnitGrid],
-    budget: int,
+    budget: int | Sequence[int],
     *,
-    pruned: Sequence[Tensor] | None = None,
+    kept: Sequence[Tensor] | None = None,
     floors: Sequence[int | None] | None = None,
     caps: Sequence[int | None] | None = None,
+    packed: bool = False,
     check: bool = True,
 ) -> list[Tensor]:
     """Which units stay.
 
     Args:
-        scores: fp32, finite, one per layer, of the shape of its grid; high = keep.
+        scores: fp32, finite, one per layer, of the shape of its grid; high = keep. Read where they are if contiguous.
         grids: unit sizes in elements.
-        budget: elements that may be pruned over all layers.
-        pruned: bool per layer, units that have gone already; they go first, whatever budget and caps say.
+        budget: elements that may be pruned over all layers; or of each, which then does not compete with the others.
+        kept: bool per layer, or packed: units that have not gone already. Those that have go first, whatever budget and
+            caps say. None: none has.
         floors: elements that at least go per layer, by the fewest units that reach them; None: no floor.
         caps: elements that at most go per layer; None: no cap.
+        packed: give packed masks.
         check: refuse non-finite scores (which reads one number back); without it the caller has checked.
 
     Returns:
-        bool per layer, of the shape of its grid, True = keep. On the scores' device, without a host read.
+        bool per layer, of the shape of its grid, True = keep; or packed. On the scores' device, without a host read.
 
     Raises:
         NonFiniteScoreError: a score is NaN or infinite.
     """
     if check:
         refuse_non_finite(count_non_finite(scores).tolist(), [f"layer {i}" for i in range(len(scores))])
-    order = [score.float() for score in scores]
-    if pruned is not None:
-        order = [score.masked_fill(gone, -math.inf) for score, gone in zip(order, pruned, strict=True)]
-    order = _bounded(order, grids, floors or [None] * len(grids), caps or [None] * len(grids))
-    forced = pruned is not None or any(floors or ())
-    masks = _longest_prefix(order, grids, budget)
-    return [mask & (score != -math.inf) for mask, score in zip(masks, order, strict=True)] if forced else masks
+    layers = list(scores), list(grids)
+    bounds = _bounds(*layers, floors or [None] * len(grids), caps or [None] * len(grids), kept)
+    threshold, remainder = kth_score(*layers, budget, kept=kept, bounds=bounds)
+    return masks_from_threshold(*layers, threshold, remainder, kept=kept, bounds=bounds, packed=packed)
 
 
 def normalize_scores(scores: Sequence[Tensor], normalize: Normalize) -> list[Tensor]:
@@ -123,15 +125,8 @@ def normalize_scores(scores: Sequence[Tensor], normalize: Normalize) -> list[Ten
     return results
 
 
-def count_non_finite(scores: Sequence[Tensor]) -> Tensor:
-    """NaNs and infinities of every layer, on its device: int64 ``[T]``."""
-    if not scores:
-        return torch.zeros(0, dtype=torch.int64)
-    return torch.stack([(~torch.isfinite(score)).sum() for score in scores])
-
-
 def refuse_non_finite(counts: Sequence[int], names: Sequence[str], step: int | None = None) -> None:
-    """Raise where :func:`count_non_finite` found something.
+    """Raise where :func:`tritprune.kernels.count_non_finite` found something.
 
     Raises:
         NonFiniteScoreError: the message names layer, number of units and step.
@@ -223,59 +218,29 @@ def check_feasible(demands: Sequence[Demand], budget: int, target: float) -> Non
         )
 
 
-def _bounded(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], floors: Sequence[int | None], caps: Sequence[int | None]
-) -> list[Tensor]:
-    """Scores with -inf for the units that floors demand and +inf for those past caps: one search for all of either."""
-    bounded = list(scores)
-    capped = {
-        layer: max(0, cap)
-        for layer, (cap, grid) in enumerate(zip(caps, grids, strict=True))
-        if cap is not None and cap < grid.elements
-    }
-    for layer, keep in _prefix_of_each(scores, grids, capped):
-        bounded[layer] = bounded[layer].masked_fill(keep & (scores[layer] != -math.inf), math.inf)
-    floored: dict[int, int] = {}
-    for layer, (floor, grid) in enumerate(zip(floors, grids, strict=True)):
-        if floor and grid.units:
-            unit = grid.uniform_size or 1
-            floored[layer] = -(-floor // unit) * unit  # equal units: the prefix itself reaches the floor
-    for layer, keep in _prefix_of_each(scores, grids, floored):
-        score, grid = scores[layer], grids[layer]
-        if grid.uniform_size is None:
-            gone = grid.sizes(score.device).masked_fill(keep, 0).sum()
-            keep = keep & ~_next_unit(score, keep, short=gone < floored[layer])
-        bounded[layer] = bounded[layer].masked_fill(~keep, -math.inf)
-    return bounded
+def _bounds(
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    floors: Sequence[int | None],
+    caps: Sequence[int | None],
+    kept: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The units at the floor and at the cap of every layer, all found in one search; None if no layer has either.
 
-
-def _prefix_of_each(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budgets: Mapping[int, int]
-) -> Iterator[tuple[int, Tensor]]:
-    """For each layer with a budget of its own, the units past the longest prefix within it: (layer, keep)."""
-    if not budgets:
-        return
-    chosen, own = [scores[layer].contiguous() for layer in budgets], [grids[layer] for layer in budgets]
-    thresholds, remainders = kth_score(chosen, own, list(budgets.values()))
-    yield from zip(budgets, masks_from_threshold(chosen, own, thresholds, remainders), strict=True)
-
-
-def _next_unit(score: Tensor, keep: Tensor, short: Tensor) -> Tensor:
-    """The first unit of the order among ``keep``, if the prefix before it falls ``short``: bool like ``keep``."""
-    left = score.masked_fill(~keep, math.inf)
-    tied = keep & (left == left.amin())
-    index = torch.arange(keep.numel(), device=keep.device).view(keep.shape)
-    last = index.masked_fill(~tied, -1).amax()
-    return (index == last) & short
-
-
-def _longest_prefix(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> list[Tensor]:
-    """Units past the longest prefix of the order within the budget: bool per layer, True = keep."""
-    if budget >= sum(grid.elements for grid in grids):
-        return [score == math.inf for score in scores]  # nothing to search for: all goes that may
-    scores = [score.contiguous() for score in scores]
-    threshold, remainder = kth_score(scores, list(grids), budget)
-    return masks_from_threshold(scores, list(grids), threshold, remainder)
+    A floor takes all up to the unit that passes one element less; a cap keeps all from the unit that passes it on.
+    """
+    if not any(floors) and not any(
+        cap is not None and cap < grid.elements for cap, grid in zip(caps, grids, strict=True)
+    ):
+        return None
+    budgets: list[int] = []
+    for floor, cap, grid in zip(floors, caps, grids, strict=True):
+        most = grid.elements if cap is None else max(0, cap)
+        budgets += (min(floor, grid.elements) - 1 if floor else -1, most)
+    both = [layer for layer in range(len(grids)) for _ in ("floor", "cap")]
+    present = None if kept is None else [kept[layer] for layer in both]
+    crossed = crossing_units([scores[layer] for layer in both], [grids[layer] for layer in both], budgets, kept=present)
+    return crossed[0].view(-1, 2), crossed[1].view(-1, 2)
 
 
 def _share(part: int, whole: int) -> str:

@@ -141,7 +141,7 @@ def test_the_slim_model_loads_in_a_new_process_and_gives_the_outputs_of_its_cert
 
 def test_the_second_run_reuses_the_dense_model(smoke):
     folder, _ = smoke
-    done = tritprune(folder.parent.parent.parent, *SMOKE, "run_dir=again", "control=null")
+    done = tritprune(folder.parent.parent.parent, *SMOKE, "hydra.run.dir=again", "control=null")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "taken from" in done.stdout
     result = json.loads((folder.parent.parent.parent / "again" / "result.json").read_text())
@@ -166,6 +166,17 @@ MISTAKES = [
     ([*SMOKE, "slimmer=auto", "slimmer.auto.mha_sparsity=1"], ["mha_sparsity is a share in [0, 1), got 1"]),
     ([*SMOKE, "slimmer.uniform=true"], ["slimmer.uniform=true is for models of transformers"]),
     ([*SMOKE, "slimmer.round_to=0"], ["slimmer.round_to is a whole number from 1 on, got 0"]),
+    ([*SMOKE, "slimmer.export=[onnx]"], ["slimmer.export is called slimmer.save_as now"]),
+    ([*SMOKE, "+slimmer.export=[onnx]"], ["slimmer.export is called slimmer.save_as now"]),
+    ([*SMOKE, "+slimmer.save=[onnx]"], ["slimmer has no key 'save'; did you mean 'save_as'"]),
+    ([*SMOKE, "slimmer.save_as=[onxx]"], ["slimmer.save_as: unknown kind of file 'onxx'; did you mean 'onnx'"]),
+    ([*SMOKE, "slimmer.save_as=onnx"], ["slimmer.save_as is a list, as in slimmer.save_as=[onnx]"]),
+    ([*SMOKE, "training.after_slim=0.5"], ["training.after_slim is a number of optimizer steps", "got 0.5"]),
+    (
+        [*SMOKE, "training.after_slim=9", "slimmer=none"],
+        ["training.after_slim=9 trains the slim model", "slimmer=none"],
+    ),
+    ([*SMOKE, "training.after_slim=9", "slimmer.uniform=true"], ["training.after_slim=9 would bring to life"]),
     (["verify=nowhere"], ["verify=nowhere: no run is there"]),
     (["experiment=bert_4x2"], ["bert_4x1", "bert_slim"]),
     ([*SMOKE, "criterion=snipp"], ["snip", "magnitude"]),

@@ -7,6 +7,8 @@ from torch import nn
 import tritprune
 from tritprune.errors import CertificateError, ConfigError, MissingPackageError, RunFolderError, TraceError
 from tritprune.export import artifacts, export_onnx, export_program
+from tritprune.slimming.model_inputs import ModelInputs
+from tritprune.tasks.digits import DigitsViT
 
 
 class Net(nn.Module):
@@ -65,6 +67,22 @@ def test_an_onnx_file_runs_in_onnxruntime_with_other_shapes(tmp_path):
     torch.testing.assert_close(torch.from_numpy(logits), model(**other)["logits"])
 
 
+def test_a_model_whose_dead_blocks_are_gone_is_exported(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DigitsViT(width=8, depth=1, heads=2, hidden=12).eval()
+    for layer in (model.blocks[0].attention.value, model.blocks[0].mlp.down):
+        nn.init.zeros_(layer.weight)
+    inputs = torch.rand(2, 8, 8)
+    result = tritprune.slim_model(model, inputs)
+    assert [cut.after for cut in result.cuts] == [0, 0]
+    for kind, export in artifacts.EXPORTERS.items():
+        assert export(result.model, inputs, tmp_path / kind).max_abs_difference <= 1e-5
+        expected = [(ModelInputs.of(inputs), {"output": model(inputs)})]
+        assert artifacts.check_artifact(kind, tmp_path / kind, expected) <= 1e-5
+
+
 def test_a_file_that_differs_is_refused_with_numbers_and_the_old_one_stays(tmp_path, monkeypatch):
     path = tmp_path / "net.pt2"
     path.write_bytes(b"old")
@@ -102,7 +120,7 @@ def test_onnx_refuses_before_time_is_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "ONNX_LIMIT", 100)
     with pytest.raises(ConfigError, match="one ONNX file holds 2; use export_program"):
         export_onnx(net(), TOKENS, tmp_path / "x.onnx")
-    with pytest.raises(ConfigError, match="unknown export 'onxx'; did you mean 'onnx'"):
+    with pytest.raises(ConfigError, match=r"slimmer\.save_as: unknown kind of file 'onxx'; did you mean 'onnx'"):
         artifacts.require("onxx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingPackageError, match=r"needs onnxruntime .*pip install 'tritprune\[onnx\]'"):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+import tritprune
+from tritprune.errors import ConfigError
 from tritprune.export import even_widths, load_model, loads_with, save_model
 from tritprune.export.library_config import describe, misfit
 
@@ -63,6 +65,13 @@ def gemma(sizes):
     return transformers.Gemma3nTextConfig(**width, **few, **heads, **layers)
 
 
+def step(layers=None):
+    kinds = {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense"] * 2, "sliding_window": 8}
+    config = transformers.Step3p7TextConfig(**SIZES, num_key_value_heads=2, head_dim=6, **kinds)
+    config.per_layer_config = layers
+    return config
+
+
 @pytest.mark.parametrize(
     ("name", "bare", "slim", "said"),
     [
@@ -100,6 +109,12 @@ def gemma(sizes):
             "encoder_ffn_dim 8, decoder_ffn_dim 12",
         ),
         ("Gemma3nForCausalLM", gemma([32, 32]), gemma([32, 24]), "intermediate_size [32, 24]"),
+        (
+            "Step3p7TextModel",
+            step(),
+            step({1: {"num_attention_heads": 2, "num_key_value_heads": 1}}),
+            "num_attention_heads [4, 2], num_key_value_heads [2, 1]",
+        ),
     ],
 )
 def test_configurations_that_say_slim_widths(name, bare, slim, said):
@@ -131,6 +146,14 @@ def test_what_a_configuration_cannot_say_is_named():
     assert not found.complete
     expected = "BertConfig has no value for a size of encoder.layer.0.attention.self.query.weight alone"
     assert found.because == f"{expected} (24 before, 18 now)"
+
+
+def test_a_module_that_was_added_is_named_when_saving(tmp_path):
+    model, _ = slim_of("LlamaForCausalLM", llama(), llama())
+    model.model.layers[0].mlp.adapter = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"has a module 'model\.layers\.0\.mlp\.adapter' that LlamaForCausalLM"):
+        tritprune.save(model, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bias_that_was_added_is_named():
@@ -217,7 +240,7 @@ from safetensors.torch import save_file
 made = {}
 for name, folder in zip(sys.argv[2::2], sys.argv[3::2]):
     model = getattr(transformers, name).from_pretrained(folder).eval()
-    made[name] = model(input_ids=torch.arange(16).view(2, 8)).logits.detach().contiguous()
+    made[name] = model(input_ids=torch.arange(16).view(2, 8))[0].detach().contiguous()
 try:
     import tritprune
 except ImportError:
@@ -233,19 +256,33 @@ def test_slim_folders_load_where_there_is_no_tritprune(tmp_path):
     qwen_slim, _ = slim_of(
         "Qwen2ForCausalLM", qwen(), qwen(num_attention_heads=3, num_key_value_heads=3, head_dim=6, intermediate_size=10)
     )
+    gemma_slim, _ = slim_of("Gemma3nForCausalLM", gemma([32, 32]), gemma([32, 24]))
+    step_slim, _ = slim_of("Step3p7TextModel", step(), step({1: {"num_attention_heads": 2, "num_key_value_heads": 1}}))
+    each_layer = {"Gemma3nForCausalLM": gemma_slim, "Step3p7TextModel": step_slim}
+    models = {"AutoModelForSequenceClassification": even, "AutoModelForCausalLM": qwen_slim, **each_layer}
     saved = []
-    for auto, model in (("AutoModelForSequenceClassification", even), ("AutoModelForCausalLM", qwen_slim)):
+    for auto, model in models.items():
         builder = {"kind": "transformers", "class": type(model).__name__}
         folder = save_model(model, tmp_path / auto, builder=builder)
         assert loads_with(folder).startswith("from_pretrained: yes, ")
-        assert torch.equal(load_model(folder)(**TOKENS).logits, model(**TOKENS).logits)
+        assert torch.equal(load_model(folder)(**TOKENS)[0], model(**TOKENS)[0])
         saved += [auto, str(folder)]
     made = tmp_path / "logits.safetensors"
     command = [sys.executable, "-c", WITHOUT_TRITPRUNE, str(made), *saved]
     subprocess.run(command, check=True, capture_output=True, text=True)
     found = load_file(made)
     torch.testing.assert_close(found["AutoModelForSequenceClassification"], uneven(**TOKENS).logits, rtol=0, atol=2e-6)
-    torch.testing.assert_close(found["AutoModelForCausalLM"], qwen_slim(**TOKENS).logits, rtol=0, atol=2e-6)
+    for name, model in (("AutoModelForCausalLM", qwen_slim), *each_layer.items()):
+        torch.testing.assert_close(found[name], model(**TOKENS)[0], rtol=0, atol=2e-6)
+
+
+def test_a_slim_swin_is_told_that_its_configuration_cannot_say_it():
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2}
+    model, kind = slim_of("SwinModel", transformers.SwinConfig(**sizes), transformers.SwinConfig(**sizes))
+    block = model.encoder.layers[0].blocks[0]
+    narrow(block.mlp.fc1, block.mlp.fc2, 20)
+    found = describe(model, kind)
+    assert found.because.startswith("SwinConfig has no value for a size of encoder.layers.0.blocks.0.mlp.fc1.weight")
 
 
 def test_the_sentence_says_no_and_why(tmp_path):
@@ -255,4 +292,5 @@ def test_the_sentence_says_no_and_why(tmp_path):
     folder = save_model(copy.deepcopy(model), tmp_path / "slim", builder=builder, widths=widths)
     sentence = loads_with(folder)
     assert sentence.startswith("from_pretrained: no, because its layers have 2 different values of intermediate_size")
-    assert sentence.endswith("BertConfig has one for all; uniform=true would pad them; tritprune.load loads it")
+    remedy = "uniform=true would pad its layers to widths that it can say; tritprune.load loads it"
+    assert sentence.endswith(f"BertConfig has one for all; {remedy}")

@@ -318,11 +318,11 @@ def test_damaged_folders(damage, message, whole, tmp_path):
 
 
 def resign(folder, tensors):
-    from tritprune.export.saved_model import _sha256
+    from tritprune.export.saved_model import sha256_of
 
     save_file(tensors, folder / "model.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
-    edit_manifest(folder, files={**manifest["files"], "model.safetensors": _sha256(folder / "model.safetensors")})
+    edit_manifest(folder, files={**manifest["files"], "model.safetensors": sha256_of(folder / "model.safetensors")})
 
 
 def test_missing_and_unknown_tensors_are_named(tmp_path):

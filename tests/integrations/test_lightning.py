@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tritprune import Pruner
+from tritprune import Pruner, RetrainFreePruner
 from tritprune.errors import CheckpointError, ConfigError
 from tritprune.integrations import LightningPruning
 
@@ -295,3 +295,29 @@ def test_a_training_that_ends_early_is_told(fit, caplog):
     fit(pruning, max_epochs=-1, steps=12, max_time={"seconds": 0})
     assert "training ended after" in caplog.text
     assert "before the last mask update at 8" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training")
+def test_calibration_sees_no_dropout(shown, fit):
+    """The masks are those of calibrate() on the same batches; training after it has its dropout again."""
+
+    class Dropped(shown.Digits):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(2, nn.Dropout(0.5))
+            self.net[4].eval()  # a mode of its own, which comes back
+            self.seen = []
+
+        def training_step(self, batch):
+            self.seen.append((batch, self.net[2].training, self.net[4].training))
+            return super().training_step(batch)
+
+    settings = {"pattern": "channelx1", "include": ["net.3"], "target_sparsity": 0.5}
+    pruning = LightningPruning("retrain_free", end_step=4, **settings)
+    module, _ = fit(pruning, module=Dropped(), steps=6)
+    assert [modes for _, *modes in module.seen] == [[False, False]] * 4 + [[True, False]] * 2
+    twin = Dropped()
+    expected = RetrainFreePruner(twin, **settings)
+    batches = [batch for batch, *_ in module.seen[:4]]
+    expected.calibrate(batches, lambda model, batch: F.cross_entropy(model.net(batch[0]), batch[1]))
+    assert pruning.pruner.digest() == expected.digest()

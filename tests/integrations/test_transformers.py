@@ -1,12 +1,13 @@
 """The Trainer's callback: the plain loop's bits, checkpoints, resuming, and what is refused before time is spent."""
 
+import copy
 import shutil
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from tritprune import Pruner
+from tritprune import Pruner, RetrainFreePruner
 from tritprune.errors import CheckpointError, ConfigError, UnknownNameError
 from tritprune.integrations import TransformersPruning
 
@@ -266,3 +267,34 @@ def test_a_checkpoint_elsewhere_is_named(make, whole, outcome, tmp_path):
     trainer, pruning, _ = make(pruning=late(resume_from=moved))
     trainer.train(resume_from_checkpoint=str(moved))
     assert outcome(trainer.model, pruning.pruner) == whole[0]
+
+
+class Seen(TrainerCallback):
+    """What each forward pass of a training was given, and in which mode."""
+
+    def __init__(self):
+        self.batches, self.modes, self.handle = [], [], None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.handle = model.bert.register_forward_pre_hook(
+            lambda module, inputs, given: self.modes.append(module.training), with_kwargs=True
+        )
+        model.register_forward_pre_hook(lambda module, inputs, given: self.batches.append(given), with_kwargs=True)
+
+
+CALIBRATED = {"pattern": "channelx1", "include": ["**.output.dense"], "target_sparsity": 0.5}
+
+
+def test_calibration_sees_no_dropout(make):
+    """The masks are those of calibrate() on the same batches; training after it has its dropout again."""
+    pruning = TransformersPruning("retrain_free", end_step=4, **CALIBRATED)
+    trainer, _, _ = make(pruning=pruning, max_steps=6, max_grad_norm=0.0, save_strategy="no")
+    twin, seen = copy.deepcopy(trainer.model), Seen()
+    trainer.add_callback(seen)
+    trainer.train()
+    assert seen.modes == [False] * 4 + [True] * 2
+    assert not any(module._forward_pre_hooks for module in twin.modules())
+    expected = RetrainFreePruner(twin, **CALIBRATED)
+    expected.calibrate(seen.batches[:4], lambda model, batch: model(**batch).loss)
+    assert pruning.pruner.digest() == expected.digest()
+    assert len(trainer.model._forward_pre_hooks) == 1  # the test's own

@@ -1,9 +1,12 @@
 """The numba loops against the reference, on every case, with one thread and with two."""
 
+import math
+
 import pytest
 import torch
 
-from tritprune.kernels import agreement, cases, compiled, loops
+from tritprune.kernels import agreement, cases, compiled
+from tritprune.kernels.compiled import thresholds, work
 
 OPS = sorted({case.op for case in cases.all_cases()})
 
@@ -11,7 +14,7 @@ OPS = sorted({case.op for case in cases.all_cases()})
 @pytest.fixture(params=[1, 2])
 def threads(request, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
-    monkeypatch.setattr(compiled, "_PIECE", 64)  # several pieces even of small layers
+    monkeypatch.setattr(work, "PIECE", 64)  # several pieces even of small layers
 
 
 @pytest.mark.parametrize("poison", [0x00, 0xFF])
@@ -32,14 +35,15 @@ def test_compiled_loops_agree_with_the_reference(op, poison, monkeypatch):
         agreement.assert_agrees(case, case.run(getattr(compiled, op)), expected[case.name])
 
 
-def test_a_sample_that_misleads_costs_a_second_pass_only(monkeypatch):
-    monkeypatch.setattr(compiled, "_SAMPLE", 8)
-    monkeypatch.setattr(compiled, "_bracket", lambda flat, share: (5.0, 6.0))
+@pytest.mark.parametrize("bracket", [(5.0, 6.0), (-math.inf, math.inf)], ids=["missed", "too wide"])
+def test_a_sample_that_misleads_costs_more_passes_only(bracket, monkeypatch):
+    monkeypatch.setattr(thresholds, "_ROOM", 16)
+    monkeypatch.setattr(thresholds, "_bracket", lambda layers, share: bracket)
     for case in cases.cases_of("kth_score"):
         agreement.assert_agrees(case, case.run(compiled.kth_score), agreement.expected_results(case))
 
 
 def test_a_forked_process_starts_threads_of_its_own():
-    loops._pools[99] = loops.ThreadPoolExecutor(1)
-    loops._forget_threads()
-    assert not loops._pools
+    work._pools[99] = work.ThreadPoolExecutor(1)
+    work._forget_threads()
+    assert not work._pools

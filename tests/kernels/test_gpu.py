@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from tritprune import kernels
+from tritprune import Pruner, kernels
 from tritprune.kernels import UnitGrid, agreement, cases
 from tritprune.kernels import triton as launchers
 from tritprune.kernels.sampling import Sampling, use_sampling
@@ -105,6 +106,68 @@ def test_a_whole_mask_update_is_captured_in_a_graph(packed, sampling):
         assert torch.equal(statistics, expected)
         for weight, want in zip(update.weights, wanted, strict=True):
             assert torch.equal(weight, want)
+
+
+def pruned(regrow=True):
+    """Two layers, an optimizer and a pruner with a mask update at every step; gradients stay as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 130), nn.Linear(130, 2)).cuda()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner = Pruner(
+        model, target_sparsity=0.6, initial_sparsity=0.3, end_step=1000, max_layer_sparsity=0.9, regrow=regrow
+    ).attach(optimizer)
+    return model, optimizer, pruner
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_a_step_of_a_pruner_does_not_synchronise(regrow):
+    _, optimizer, pruner = pruned(regrow)
+    events = []
+    pruner.on_update(events.append)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):  # each takes up the numbers of the update before it
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5]
+    assert pruner.last_event.step == 6
+    assert pruner.last_event.sparsity == sum(mask.zeros() for mask in pruner.masks.values()) / (128 * 256 + 256 * 130)
+    pruner.verify()
+
+
+def test_a_step_of_a_pruner_is_captured_in_a_graph():
+    model, optimizer, pruner = pruned()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    pruner.settle()
+    state = [*model.parameters(), *pruner.scores.values()]
+    start = [tensor.detach().clone() for tensor in state]
+    read_by_the_graph = pruner.masks  # kept alive: a replay reads the masks that were in force
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    results = []
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor, old in zip(state, start, strict=True):
+                tensor.copy_(old)
+        graph.replay()
+        results.append([tensor.detach().clone() for tensor in (*state, *(m.mask for m in pruner.masks.values()))])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+    assert pruner.last_event.step == 4
+    assert pruner.last_event.layers["0"].zeros == pruner.masks["0"].zeros()
+    pruner.verify()
+    assert len(read_by_the_graph) == 2
 
 
 def test_scores_of_more_than_32_bits_are_searched_within_64_mib():

@@ -53,11 +53,15 @@ def whole_step(scores, skipped, weights, gradients, masks):
     grids = [UnitGrid.of_blocks(tuple(w.shape), block) for w, block in zip(weights, BLOCKS, strict=True)]
     options = {"form": "snip", "reduce": "mean", "alpha": 0.9, "beta": 1.0}
     kernels.accumulate_unit_scores_(scores, skipped, weights, gradients, BLOCKS, **options)
-    threshold, remainder = kernels.kth_score(scores, grids, 30)
-    new = kernels.masks_from_threshold(scores, grids, threshold, remainder)
+    bad = kernels.count_non_finite(scores)
+    floor, cap = (kernels.crossing_units(scores, grids, budgets, kept=masks) for budgets in ([5, 5], [40, 30]))
+    bounds = (torch.stack([floor[0], cap[0]], 1), torch.stack([floor[1], cap[1]], 1))
+    threshold, remainder = kernels.kth_score(scores, grids, 30, kept=masks, bounds=bounds)
+    new = kernels.masks_from_threshold(scores, grids, threshold, remainder, kept=masks, bounds=bounds)
+    kernels.restore_masks_(new, masks, bad.sum())
     kernels.apply_masks_(weights, new, BLOCKS)
     violations = kernels.count_violations(weights, new, BLOCKS)
-    return *new, kernels.mask_statistics(new, masks), violations, threshold + 1
+    return *new, kernels.mask_statistics(new, masks), violations, threshold + 1, bad
 
 
 def n_in_m_step(scores, skipped, weights, gradients, masks):
@@ -87,12 +91,15 @@ def test_what_is_registered_passes_the_checks_of_torch():
     calls = {
         "accumulate_unit_scores_": (scores, skipped, weights, gradients, flat, "snip", "mean", 0.9, 1.0, "none"),
         "apply_masks_": (weights, masks, flat),
-        "kth_score": (scores, grids, [30], False),
-        "masks_from_threshold": (scores, grids, threshold, remainder, True),
+        "kth_score": (scores, grids, [30], False, masks, []),
+        "masks_from_threshold": (scores, grids, threshold, remainder, masks, [], True),
+        "crossing_units": (scores, grids, [5, 5], masks),
+        "count_non_finite": (scores,),
         "n_in_m_masks": (positive, 2, 4, False),
         "n_in_m_group_scores": (positive, 2, 4),
         "count_violations": (weights, masks, flat),
         "mask_statistics": (masks, masks),
+        "restore_masks_": (masks, [~mask for mask in masks], torch.tensor(1)),
     }
     traced = {op.name for op in vars(kernels).values() if isinstance(op, kernels.Op) and op.traced is not None}
     assert calls.keys() == traced

@@ -110,6 +110,44 @@ def test_what_has_faded_is_verified(net, sgd, train):
     pruner.verify()
 
 
+def tensors_of(pruner):
+    (fade,) = pruner._fades.values()
+    (group,) = pruner._groups
+    chosen, _ = fade.chosen
+    return [
+        *chosen.keep,
+        *(mask for own in chosen.masks for mask in own),
+        chosen.numbers,
+        *fade.partial,
+        *group.flat_masks,
+    ]
+
+
+@pytest.mark.parametrize("ask", ["apply_masks_", "step", "guard"])
+def test_what_fades_goes_with_the_model_to_another_device(net, sgd, train, ask):
+    """Without a second device that can compute: everything that the next share needs is where the weights are."""
+    optimizer = sgd(net)
+    settings = {**SETTINGS, "pattern": "4x1", "target_sparsity": 0.6}
+    pruner = ProgressivePruner(net, **settings).attach(optimizer)
+    train(net, optimizer, 3)
+    assert {tensor.device.type for tensor in tensors_of(pruner)} == {"cpu"}
+    (group,) = pruner._groups
+    elsewhere = net.to("meta")
+    if ask == "apply_masks_":
+        pruner.apply_masks_()
+    elif ask == "guard":
+        pruner._held(group)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            (fade,) = pruner._fades.values()
+            patch.setattr(fade, "advance", lambda step: seen.extend(tensors_of(pruner)) or False)
+            seen = []
+            pruner._apply()
+        assert seen
+    assert next(elsewhere.parameters()).is_meta
+    assert {tensor.device.type for tensor in tensors_of(pruner)} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -372,6 +372,61 @@ def test_several_optimizers_are_refused_while_it_calibrates():
         pruner.attach(parts)
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_an_optimizer_beside_the_followed_one_is_held_still(order):
+    """It has a part of the model, and its steps come before or after those that calibrate; then it trains."""
+    model = block().eval()
+    followed = torch.optim.SGD([*model.down.parameters(), *model.up.parameters()], lr=0.1)
+    other = torch.optim.AdamW([*model.output.parameters(), model.query.weight], lr=0.1)
+    settings = {"pattern": "channelx1", "include": ["down"], "target_sparsity": 0.5}
+    pruner = RetrainFreePruner(model, end_step=5, **settings).attach(followed)
+    before = {name: weight.clone() for name, weight in model.state_dict().items() if not name.startswith("down")}
+    stray = nn.Parameter(torch.ones(2))
+    apart = torch.optim.SGD([stray], lr=0.1)  # trains something else, and goes on
+    steps = [apart, other, followed] if order == "before" else [apart, followed, other]
+    for batch in batches():
+        for optimizer in steps:
+            optimizer.zero_grad()
+        (loss(model, batch) + stray.sum()).backward()
+        for optimizer in steps:
+            optimizer.step()
+            if order == "before" and optimizer is other:
+                assert model.output.weight.grad is not None
+    assert not pruner.calibrating
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items() if name in before)
+    assert not other.state
+    torch.testing.assert_close(stray.detach(), torch.full((2,), 0.5))
+    expected = RetrainFreePruner(block(), **settings)
+    expected.calibrate(batches(), loss)
+    assert pruner.digest() == expected.digest()
+    loss(model, next(batches())).backward()
+    other.step()
+    assert not torch.equal(model.output.weight, before["output.weight"])
+
+
+def test_a_pruner_that_is_gone_holds_no_optimizer():
+    model = block()
+    optimizer, other = torch.optim.SGD(model.down.parameters(), lr=0.1), torch.optim.SGD(model.up.parameters(), lr=0.1)
+    pruner = RetrainFreePruner(model, pattern="channelx1", include=["down"], target_sparsity=0.5).attach(optimizer)
+    pruner.detach()
+    before = model.up.weight.clone()
+    loss(model, next(batches())).backward()
+    other.step()
+    assert not torch.equal(model.up.weight, before)
+
+
+def test_dropout_while_a_loop_calibrates_is_told_once(caplog):
+    model = block()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    RetrainFreePruner(model, groups=GROUPS, end_step=3).attach(optimizer)
+    for batch in batches(4):
+        loss(model, batch).backward()
+        optimizer.step()
+    (record,) = caplog.records
+    assert "calibration sees Dropout in training mode (1 modules, first drop)" in record.getMessage()
+    assert "set model.eval() for the first 3 steps" in record.getMessage()
+
+
 def test_a_wrapped_model_is_tuned():
     model = block()
     pruner = RetrainFreePruner(

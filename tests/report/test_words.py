@@ -52,6 +52,18 @@ def test_verdict(result: dict[str, Any]) -> None:
     )
 
 
+def test_training_after_slimming_is_told_with_its_three_accuracies(result: dict[str, Any]) -> None:
+    tuned = {**result["rows"][2], "model": "tuned", "metrics": {"accuracy": 0.712, "loss": 1.01}}
+    result["rows"].insert(3, tuned)
+    result |= {"after_slim": 100, "artifacts": {**result["artifacts"], "tuned": "tuned"}}
+    said = words.verdict(result)
+    assert said.startswith(f"4x1 at 90%: accuracy 0.712 against 0.737 dense ({MINUS}2.5 points). ")
+    assert "at batch 32. 100 steps after slimming took its accuracy from 0.697 to 0.712. Random" in said
+    text = page(result, Curves(), Path("run"))
+    for expected in ("slim, trained further", "slim/ as it was cut; tuned/ is slim/ after 100 more steps", "run/tuned"):
+        assert expected in text
+
+
 def timed(row: dict[str, Any], median: float, low: float, high: float) -> None:
     for batch in ("1", "32"):
         row["latency"][batch] = {"median_ms": median, "p10_ms": low, "p90_ms": high, "repeats": 50}
@@ -89,7 +101,7 @@ def test_the_page_has_a_verdict_for_each_batch_size(
     timed(result["rows"][2], *slim)
     assert words.pace(words.speed(result, "1")) == said
     text = page(result, Curves(), Path("run"))
-    assert text.count(f"<small>{said}</small>") == 2
+    assert text.count(f'<small class="verdict">{said}</small>') == 2
     kind = said.partition(":")[0]
     assert (f"{kind}: " in text) == (kind in ("slower here", "no faster here"))
 
@@ -155,7 +167,46 @@ def test_pattern_labels(result: dict[str, Any]) -> None:
     assert label() == "run"
 
 
+def test_each_pattern_has_its_own_sparsity_in_the_headline(result: dict[str, Any]) -> None:
+    result["layers"] = [
+        {"pattern": "head", "unit": "head", "zeros": 3, "elements": 9},
+        {"pattern": "channelx1", "unit": "384x1", "zeros": 5, "elements": 10},
+        {"pattern": "head", "unit": "head", "zeros": 0, "elements": 3},
+    ]
+    assert words.verdict(result).startswith("heads at 25% and channelx1 at 50%: accuracy 0.697 against")
+    del result["layers"][1]
+    assert words.verdict(result).startswith("heads at 90%: ")  # of one pattern, the share of the table
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "kind"),
+    [(1.52, 1.31, 1.7, "faster"), (1.52, 0.9, 1.7, "as fast"), (0.8, 0.7, 0.9, "slower"), (0.98, 0.7, 1.0, "as fast")],
+)
+def test_rounds_decide_on_the_speed_where_there_are_ratios(
+    result: dict[str, Any], ratio: float, low: float, high: float, kind: str
+) -> None:
+    """However wide the spread: the machine was as busy for both models of a round."""
+    timed(result["rows"][0], 100.0, 10.0, 1000.0)
+    timed(result["rows"][2], 100.0, 10.0, 1000.0)
+    for batch in ("1", "32"):
+        result["rows"][2]["latency"][batch] |= {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+    assert words.speed(result, "32") == (ratio, kind)
+
+
 def test_sampling_note(result: dict[str, Any]) -> None:
     assert "about 2.2 points" in words.sampling_note(result)
     result["data"]["n_eval"] = None
     assert words.sampling_note(result) == ""
+
+
+def test_what_the_training_loss_is_made_of_is_said(result: dict[str, Any]) -> None:
+    """A distilled run's loss falls where distillation begins, a calibrated one's goes nowhere: both need a word."""
+    curves = Curves(tuple({"step": n, "stage": "prune", "loss/train": 1.0} for n in range(3)))
+    text = page(result, curves, Path("run"))
+    assert "distillation from the dense model has weight 0.7 in the training loss" in text
+    result["config"]["pruner"]["name"] = "retrain_free"
+    assert "While it calibrates, no weight moves" in page(result, curves, Path("run"))
+    result["config"] = {"training": {"distillation": {"weight": 0.0}}}
+    text = page(result, curves, Path("run"))
+    assert "distillation from" not in text
+    assert "While it calibrates" not in text

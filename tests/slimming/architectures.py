@@ -1,12 +1,14 @@
 """Small random models of the architectures that people bring, with dead parts, and the table of what the slimmer does.
 
-scripts/architectures writes docs/architectures.md from it; a test fails while the table is stale.
+scripts/architectures writes docs/architectures.md from it; a test fails while the table is stale. With --all the second
+table of the page is written, too, from more_architectures.py.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from tritprune.slimming import SlimResult, slim_model
 from tritprune.slimming.attention import find_attention
-from tritprune.slimming.feed_forward import find_feed_forward
+from tritprune.slimming.feed_forward import FeedForward, find_feed_forward
 from tritprune.slimming.graph import trace
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
@@ -25,6 +27,7 @@ TOKENS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
 PIXELS = {"pixel_values": torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).float().sin()}
 IMAGE = PIXELS["pixel_values"]
+SEQUENCE = torch.arange(2 * 8 * 16).view(2, 8, 16).float().sin()
 
 BERT = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 BERT |= {"max_position_embeddings": 32}
@@ -79,6 +82,17 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "Llama, grouped queries": ("LlamaForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
     "Mistral": ("MistralForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
     "Qwen2": ("Qwen2ForCausalLM", {**LLAMA, "num_key_value_heads": 2}, {"input_ids": IDS}),
+    "Phi-3": ("Phi3ForCausalLM", {**LLAMA, "num_key_value_heads": 2, "pad_token_id": 0}, {"input_ids": IDS}),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4},
+        {"input_ids": IDS},
+    ),
+    "DeBERTa-v2": (
+        "DebertaV2ForSequenceClassification",
+        {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4},
+        TOKENS,
+    ),
     "Bloom": ("BloomForCausalLM", {"vocab_size": 32, "hidden_size": 16, "n_layer": 1, "n_head": 4}, TOKENS),
     "Falcon, one key head": (
         "FalconForCausalLM",
@@ -187,6 +201,52 @@ class FanOut(nn.Module):
         return self.out(torch.cat([torch.tanh(self.left(x)), F.gelu(self.right(x))], dim=-1))
 
 
+class Einsum(nn.Module):
+    """Attention written as equations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.view(*x.shape[:2], self.heads, -1) for y in (self.query(x), self.key(x), self.value(x)))
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(2).softmax(-1)
+        return x + self.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.rnn, self.out = nn.Linear(16, 12), nn.LSTM(12, 8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(torch.relu(self.up(x)))[0])
+
+
+class UNet(nn.Module):
+    """Down, up by transposed convolutions, what was there before beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.middle = self.block(3, 8), self.block(8, 12), self.block(12, 16)
+        self.widen2, self.widen1 = nn.ConvTranspose2d(16, 12, 2, 2), nn.ConvTranspose2d(12, 8, 2, 2)
+        self.up2, self.up1, self.head = self.block(24, 12), self.block(16, 8), nn.Conv2d(8, 2, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.down1(x)
+        two = self.down2(F.max_pool2d(one, 2))
+        y = self.widen2(self.middle(F.max_pool2d(two, 2)))
+        y = self.widen1(self.up2(torch.cat([y, two], 1)))
+        return self.head(self.up1(torch.cat([y, one], 1)))
+
+
 PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "ResNet-18-like": (resnet, IMAGE),
     "MobileNet-like": (mobilenet, IMAGE),
@@ -194,8 +254,11 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2, enable_nested_tensor=False
         ),
-        torch.arange(2 * 8 * 16).view(2, 8, 16).float().sin(),
+        SEQUENCE,
     ),
+    "attention by einsum": (Einsum, SEQUENCE),
+    "LSTM": (Recurrent, SEQUENCE),
+    "U-Net": (UNet, IMAGE),
     "MLP-Mixer": (Mixer, IMAGE),
     "MLP, residual and fan-out": (FanOut, torch.arange(18.0).view(3, 6).sin()),
 }
@@ -249,6 +312,13 @@ def damage(model: nn.Module, inputs: Any) -> None:
         if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels > 3:
             module.weight[:, 0] = 0
             module.weight[:, 2] = 0
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter):  # all experts in one tensor
+            turned_experts = module.down_proj.shape[2] == model.config.hidden_size
+            units = (slice(None),) * (1 if turned_experts else 2)
+            module.down_proj[(*units, slice(4))] = 0
+        if isinstance(module, Recurrent):
+            module.rnn.weight_ih_l0[:, [0, 3]] = 0
+            module.out.weight[:, 1] = 0
         if isinstance(module, FanOut):
             module.first.weight[[1, 2]] = 0
             module.second.weight[[1]] = 0
@@ -261,6 +331,28 @@ def slimmed(name: str, tracer: str = "jit") -> tuple[nn.Module, Any, SlimResult]
     model, inputs = build(name)
     damage(model, inputs)
     return model, inputs, slim_model(model, inputs, tracer=tracer)
+
+
+def dead_blocks(name: str) -> str:
+    """What becomes of the first feed-forward block, attention and inner convolution where all of it is dead."""
+    model, inputs = build(name)
+    graph = trace(model, inputs)
+    blocks = [*find_feed_forward(graph, model)[:1], *find_attention(graph, model)[:1]]
+    readers = [block.root if isinstance(block, FeedForward) else block.output for block in blocks]
+    inner = [key for key, part in model.named_modules() if isinstance(part, nn.Conv2d) and part.in_channels > 3]
+    readers += [key for key in inner if model.get_submodule(key).groups == 1][-1:]
+    for reader in readers:
+        nn.init.zeros_(model.get_submodule(str(reader)).weight)
+    result = slim_model(model, inputs)
+    words = {"feed-forward units": "feed-forward", "heads": "attention", "channels": "convolution"}
+    said = {words[item.kind]: "removed" for item in result.cuts if item.after == 0}
+    for refusal in result.refused:
+        before, stays, reason = [*re.split("; (.+ stays?[^:]*): ", refusal.reason, maxsplit=1), "", ""][:3]
+        if "all" in before and reason:
+            convolved = isinstance(model.get_submodule(refusal.where), nn.Conv2d)
+            kind = "attention" if "heads" in before else "convolution" if convolved else "feed-forward"
+            said.setdefault(kind, f"{stays}: {reason.split(' (')[0]}")
+    return "; ".join(f"{kind} {what}" for kind, what in said.items()) or "as above"
 
 
 def found(result: SlimResult) -> str:
@@ -301,7 +393,8 @@ def row(name: str) -> list[str]:
     same = all(getattr(jit, part) == getattr(export, part) for part in ("found", "cuts", "refused", "widths"))
     parameters = f"{jit.parameters_before:,} → {jit.parameters_after:,}"
     apart = max(jit.certificate.max_abs_difference, export.certificate.max_abs_difference)
-    return [name, found(jit), cut(jit), refused(jit), parameters, "the same" if same else "differ", f"{apart:.0e}"]
+    same_words = "the same" if same else "differ"
+    return [name, found(jit), cut(jit), refused(jit), dead_blocks(name), parameters, same_words, f"{apart:.0e}"]
 
 
 HEAD = """\
@@ -310,27 +403,53 @@ HEAD = """\
 [Small random models](../tests/slimming/architectures.py) in float32, with some units, channels and heads zeroed.
 Everything that is dead is cut exactly or refused by name. "Found" counts the places whose width could change: feed-
 forward blocks, attentions, channels between convolutions, and streams, which more than one layer reads. Each reason
-is given once, for the first layer that it holds. "Tracers" says whether torch.jit and torch.export lead to the same
-findings, cuts and refusals. The last column is the largest absolute difference of any output on any of the
-certificate's inputs.
+is given once, for the first layer that it holds. "Whole blocks" is what becomes of the first feed-forward block, the
+first attention and the last inner convolution where all of their units, heads or channels are dead. "Tracers" says
+whether torch.jit and torch.export lead to the same findings, cuts and refusals. The last column is the largest
+absolute difference of any output on any of the certificate's inputs.
 
 Written by `scripts/architectures`; a test fails while it is stale.
+
+| architecture | found | cut | refused, and why | whole blocks | parameters | tracers | difference |
+|---|---|---|---|---|---|---|---|
+"""
+MORE_HEAD = """
+## More of them
+
+Written by `scripts/architectures --all`, which takes some minutes; no test repeats it.
 
 | architecture | found | cut | refused, and why | parameters | tracers | difference |
 |---|---|---|---|---|---|---|
 """
 
 
-def page(rows: list[list[str]]) -> str:
-    """The page as text."""
-    return HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+def table(names: Iterable[str]) -> str:
+    """One line for each name."""
+    return "".join(f"| {' | '.join(row(name))} |\n" for name in names)
+
+
+def page(first: str, second: str | None = None) -> str:
+    """The page as text: its tables, the second as it was unless given."""
+    if second is None:
+        second = PAGE.read_text(encoding="utf-8").partition(MORE_HEAD)[2]
+    return HEAD + first + (MORE_HEAD + second if second else "")
+
+
+def add_more() -> tuple[str, ...]:
+    """Let the second table's architectures be known; their names."""
+    from more_architectures import MORE, MORE_PLAIN
+
+    TRANSFORMERS.update(MORE)
+    PLAIN.update(MORE_PLAIN)
+    return (*MORE, *MORE_PLAIN)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     chosen = sys.argv[1:]
-    if chosen:
-        print(page([row(name) for name in chosen]))
+    more = add_more() if chosen else ()
+    if chosen and chosen != ["--all"]:
+        print(table(chosen))
     else:
-        PAGE.write_text(page([row(name) for name in NAMES]), encoding="utf-8")
+        PAGE.write_text(page(table(NAMES), table(more) if more else None), encoding="utf-8")
         print(f"wrote {PAGE}")

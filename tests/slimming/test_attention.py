@@ -100,15 +100,6 @@ def test_value_bias_of_a_dead_head_reaches_the_output_bias(randomised, kill):
     torch.testing.assert_close(result.model.output.bias, model.output.bias + moved)
 
 
-def test_one_head_stays_where_all_are_dead(randomised, kill):
-    model = randomised(Attention(fused))
-    kill(model.value, rows=slice(None))
-    result = slim_model(model, torch.randn(2, 5, WIDTH))
-    assert result.model.num_heads == 1
-    assert any("all heads are dead; one stays" in refusal.reason for refusal in result.refused)
-    assert_same(result.model, model, 2, 5, WIDTH)
-
-
 def test_part_of_a_head_is_refused(randomised, kill):
     model = randomised(Attention(fused))
     kill(model.value, rows=slice(0, 3))
@@ -292,25 +283,6 @@ def test_query_heads_go_alone_where_all_share_one_key_head(tracer, randomised, k
     assert [(cut.before, cut.after) for cut in result.cuts] == [(4, 3)]
     assert [getattr(result.model, name).out_features for name in "qkv"] == [12, 4, 4]
     assert_same(result.model, model, 3, 7, WIDTH)
-
-
-def test_pytorchs_own_attention_is_left_alone(randomised):
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x, x, need_weights=False)[0]
-
-    model = randomised(Wrapped())
-    with torch.no_grad():
-        model.attention.out_proj.weight[:, :4] = 0
-    result = slim_model(model, torch.randn(2, 5, WIDTH))
-    assert result.cuts == []
-    (refusal,) = result.refused
-    assert refusal.where == "attention"
-    assert refusal.reason.startswith("1 of 3 heads are dead but stay: the model does not run without them")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -118,8 +118,8 @@ def test_heads_by_unknown_names_are_refused():
         ({"ffn2_sparsity": 1.0}, r"ffn2_sparsity is a share in \[0, 1\), got 1.0"),
         ({"mha_sparsity": "half"}, r"mha_sparsity is a share in \[0, 1\), got 'half'"),
         ({}, "nothing to do: ffn2_sparsity and mha_sparsity are both 0"),
-        ({"ffn2_sparsity": 0.5}, "give example_inputs, or a dataloader that has a batch"),
-        ({"ffn2_sparsity": 0.5, "dataloader": []}, "give example_inputs, or a dataloader that has a batch"),
+        ({"ffn2_sparsity": 0.5}, "nothing in Linear that can go: no two linears"),
+        ({"ffn2_sparsity": 0.5, "dataloader": []}, "the dataloader has no batch"),
         ({"ffn2_sparsity": 0.5, "example_inputs": torch.rand(2, 3)}, "nothing in Linear that can go: no two linears"),
     ],
 )

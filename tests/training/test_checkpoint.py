@@ -8,10 +8,11 @@ from tritprune.errors import CheckpointError, RunFolderError
 from tritprune.training.checkpoint import CHECKPOINT, RunFolder, find_resumable, fingerprint
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # the second is accelerate's name for it with several processes
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, device):
     folder = RunFolder(tmp_path / "run")
     folder.save_checkpoint({"phase": "prune", "step": 3, "model": {"w": torch.tensor([1.5, float("nan")])}})
-    state = folder.load_checkpoint("cpu")
+    state = folder.load_checkpoint(device)
     assert state is not None
     assert state["step"] == 3
     assert torch.equal(state["model"]["w"].view(torch.int32), torch.tensor([1.5, float("nan")]).view(torch.int32))

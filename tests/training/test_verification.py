@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tritprune.errors import CheckpointError
+from tritprune.export import export_program
 from tritprune.pruners import MaskSet
 from tritprune.training.verification import verify_run
 
@@ -23,7 +25,9 @@ from toy import ToyTask
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     run = make_run(folder / "run", ToyTask(), settings())
-    make_driver(run, folder / "cache", tracer="jit", pattern="channelx1").execute()
+    driver = make_driver(run, folder / "cache", tracer="jit", pattern="channelx1")
+    driver.plan = replace(driver.plan, save_as=("torch_export",))
+    driver.execute()
     return folder / "run"
 
 
@@ -124,6 +128,36 @@ def test_what_is_missing_is_named(gone, first, run):
     (run / gone).unlink()
     _, broken = verdicts(run)
     assert first in broken[0].detail
+
+
+def test_a_program_made_of_the_slim_model_is_held_against_its_hash_and_the_certificate(run):
+    program = run / "slim.pt2"
+    found, _ = verdicts(run)
+    assert found["slim.pt2"].detail.startswith("3 inputs, largest difference ")
+    damaged = bytearray(program.read_bytes())
+    damaged[-1] ^= 1
+    program.write_bytes(damaged)
+    _, broken = verdicts(run)
+    assert broken[0].detail.startswith("slim.pt2 was changed: its SHA-256 is")
+    other = ToyTask().build_model(0)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    export_program(other.eval(), ToyTask().model_inputs(ToyTask().example_inputs(2)), program)
+    record = json.loads((run / "exports.json").read_text())
+    record["files"][0]["sha256"] = hashlib.sha256(program.read_bytes()).hexdigest()
+    (run / "exports.json").write_text(json.dumps(record))
+    _, broken = verdicts(run)
+    assert "slim.pt2's outputs are not the saved model's: 'output' differs by" in broken[0].detail
+    del record["files"][0]["sha256"]
+    (run / "exports.json").write_text(json.dumps(record))
+    assert "records no hash of slim.pt2: the run is of an older version" in verdicts(run)[1][0].detail
+    (run / "exports.json").write_text("[]")
+    assert "exports.json is damaged" in verdicts(run)[1][0].detail
+    (run / "exports.json").unlink()
+    assert verdicts(run)[1][0].detail == "exports.json knows nothing of slim.pt2"
+    shutil.copy(run / "masks.safetensors", run / "slim.onnx")
+    program.unlink()
+    assert [finding.what.partition(":")[0] for finding in verdicts(run)[1]] == ["slim.onnx"]
 
 
 def test_other_counts_are_found(run):

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.text import Text
 
-from tritprune.app.composition import PrunerMaker, composition, inline_files
+from tritprune.app.composition import PrunerMaker, composition, inline_files, renamed
 from tritprune.app.foresight import foresee
 from tritprune.app.plan_view import plan_view
 from tritprune.app.signals import StopRequest, stop_signals
@@ -29,8 +30,8 @@ from tritprune.report import console_epilogue, console_table, write_report
 from tritprune.slimming.graph import TRACERS
 from tritprune.tasks import get_task
 from tritprune.tracking import Tracker, get_tracker
-from tritprune.training.checkpoint import RunFolder, find_resumable, fingerprint, write_json
-from tritprune.training.driver import RESULT, Driver, Plan, starting_model
+from tritprune.training.checkpoint import RESULT, RunFolder, find_resumable, fingerprint, write_json
+from tritprune.training.driver import Driver, Plan, starting_model
 from tritprune.training.loop import Run, agree
 from tritprune.training.progress import Progress
 from tritprune.training.provenance import git_state
@@ -39,6 +40,7 @@ from tritprune.training.verification import verify_run
 
 REFUSED, FAILED = 2, 1
 # A run's numbers do not depend on these, so that a resumed run may change them.
+SLIMMER_KEYS = ("tracer", "save_as", "uniform", "round_to", "auto")
 BESIDE_THE_NUMBERS = ("run_dir", "resume", "cache_dir", "debug", "tracker", "plugins", "job", "plan", "verify")
 
 
@@ -111,9 +113,7 @@ class Attempt:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         _one_of("control", config["control"], (None, "random"))
-        _one_of("slimmer.tracer", config["slimmer"]["tracer"], (None, *TRACERS))
-        for kind in config["slimmer"].get("export") or ():
-            require(str(kind))
+        _check_slimmer(config["slimmer"], settings.after_slim)
         task = get_task(config["task"])
         tracker = get_tracker(config["tracker"])
         make_pruner = PrunerMaker(config, settings, task)
@@ -126,7 +126,7 @@ class Attempt:
             init_from=Path(config["init_from"]) if config["init_from"] else None,
             round_to=_whole_number("slimmer.round_to", config["slimmer"].get("round_to", 1)),
             uniform=bool(config["slimmer"].get("uniform", False)),
-            exports=tuple(config["slimmer"].get("export") or ()),
+            save_as=tuple(config["slimmer"].get("save_as") or ()),
         )
         AcceleratorState._reset_state()  # one process may run several jobs with different precisions
         accelerator = Accelerator(
@@ -145,7 +145,7 @@ class Attempt:
             model = starting_model(task, config["seed"], plan.init_from)
             pruner = plan.make_pruner(model)
         self._folder = self._choose_folder(progress)
-        self._folder.check_room_for(model)
+        self._folder.check_room_for(model, trains_after_slim=bool(settings.after_slim))
         self._folder.load_checkpoint("cpu")  # a damaged one is refused now, not after the dense stage
         if self._folder.read_state().get("status") == "finished":
             progress.say(f"already finished: {self._folder.path}")
@@ -189,7 +189,7 @@ class Attempt:
         task = get_task(config["task"])
         init_from = Path(config["init_from"]) if config["init_from"] else None
         model = starting_model(task, config["seed"], init_from)
-        plan = PrunerMaker(config, settings, task)(model).plan()
+        plan = PrunerMaker(config, settings, task, ahead=True)(model).plan()
         foresights = foresee(model, plan, task.placeholder_inputs()) if config["slimmer"]["tracer"] else []
         if config["plan"] == "json":
             self.console.print_json(json.dumps({**asdict(plan), "slimmer": [asdict(one) for one in foresights]}))
@@ -276,6 +276,30 @@ def _import_plugin(name: str) -> None:
         raise ConfigError(
             f"plugins: cannot import '{name}' ({error}); it must be importable from here or installed"
         ) from error
+
+
+def _check_slimmer(values: Mapping[str, Any], after_slim: int | str) -> None:
+    """Refuse keys that a slimmer does not have, files that cannot be made here, and settings that contradict."""
+    for key in values:
+        if key not in SLIMMER_KEYS:
+            raise ConfigError(
+                renamed(f"slimmer.{key}") or f"slimmer has no key '{key}'; {did_you_mean(key, SLIMMER_KEYS)}"
+            )
+    _one_of("slimmer.tracer", values["tracer"], (None, *TRACERS))
+    kinds = values.get("save_as") or ()
+    if isinstance(kinds, str):
+        raise ConfigError(f"slimmer.save_as is a list, as in slimmer.save_as=[{kinds}]")
+    for kind in kinds:
+        require(str(kind))
+    if after_slim and values["tracer"] is None:
+        raise ConfigError(
+            f"training.after_slim={after_slim} trains the slim model, and with slimmer=none there is none"
+        )
+    if after_slim and values.get("uniform"):
+        raise ConfigError(
+            f"slimmer.uniform=true pads with dead units, which training.after_slim={after_slim} would bring to life; "
+            "leave one of them out"
+        )
 
 
 def _whole_number(name: str, value: Any) -> int:

@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.text import Text
 
 from tritprune.app.attempt import FAILED, REFUSED, run_and_tell
+from tritprune.app.composition import renamed
 from tritprune.registry import did_you_mean
 from tritprune.report import sweep_table
-from tritprune.training.driver import RESULT
+from tritprune.training.checkpoint import RESULT
 
 
 @dataclass
@@ -53,6 +54,8 @@ class CommandLine:
             values["run_dir"] = values["run_dir"] or str(self.sweep / hydra_config.sweep.subdir)
             swept_first = sorted(overrides, key=sys.argv.__contains__)  # what was swept was not typed as it is here
             self.console.rule(f"job {hydra_config.job.num}: {' '.join(swept_first)}", align="left")
+        elif hydra_config.run.dir != ".":
+            values["run_dir"] = values["run_dir"] or hydra_config.run.dir  # hydra's own word for the same
         status = run_and_tell(values, overrides, self.console)
         if status in (130, 143):
             sys.exit(status)
@@ -107,6 +110,8 @@ def explain(error: BaseException) -> str:
     """Hydra's and OmegaConf's words, with the choices where they leave them out."""
     cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        if (said := renamed(str(cause.full_key))) is not None:
+            return said
         known = [str(key) for key in cause.parent_node]
         return f"unknown key '{cause.full_key}'; {did_you_mean(str(cause.key), known)}"
     kept = [

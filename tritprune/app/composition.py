@@ -18,8 +18,15 @@ from tritprune.tasks import Task
 from tritprune.training.loop import Run
 from tritprune.training.settings import TrainingSettings
 
+STEPS = ("start_step", "end_step")
 AXES = ("criterion", "pattern", "schedule")
 NEURAL_COMPRESSOR = "neural_compressor"
+RENAMED = {"slimmer.export": "slimmer.save_as"}
+
+
+def renamed(key: str) -> str | None:
+    """What to say of a key that has another name now."""
+    return f"{key} is called {RENAMED[key]} now" if key in RENAMED else None
 
 
 def inline_files(config: dict[str, Any]) -> None:
@@ -35,10 +42,19 @@ def inline_files(config: dict[str, Any]) -> None:
 
 
 class PrunerMaker:
-    """model -> pruner, from the config's pruner, criterion, pattern and schedule."""
+    """model -> pruner, from the config's pruner, criterion, pattern and schedule.
 
-    def __init__(self, config: Mapping[str, Any], settings: TrainingSettings, task: Task) -> None:
-        self._config, self._settings, self._task = config, settings, task
+    Args:
+        config: the composed config.
+        settings: the training's.
+        task: whose model is pruned.
+        ahead: a look ahead, for which no data are read: what slimmer=auto runs the model on is made up.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], settings: TrainingSettings, task: Task, *, ahead: bool = False
+    ) -> None:
+        self._config, self._settings, self._task, self._ahead = config, settings, task, ahead
         self.auto: AutoSlimConfig | None = None
 
     def __call__(self, model: nn.Module, **replaced: Any) -> Pruner:
@@ -49,11 +65,10 @@ class PrunerMaker:
         """
         chosen = dict(self._config["pruner"])
         total = self._settings.prune.steps
-        per_epoch = max(1, self._task.n_train // self._settings.batch_size)
         if chosen["name"] == NEURAL_COMPRESSOR:
             if self._config["slimmer"].get("auto"):
                 raise ConfigError("slimmer=auto and pruner=neural_compressor both say what is pruned; use slimmer=jit")
-            length = {"total_steps": total, "steps_per_epoch": per_epoch}
+            length = {"total_steps": total, "steps_per_epoch": self._epoch()}
             own = {"name": NEURAL_COMPRESSOR, "config": chosen.get("config"), "seed": self._config["seed"]}
             return get_pruner({**own, **length, **replaced}, model)
         if any(key in _fixed(chosen["name"]) and not _names(chosen["name"], key) for key in replaced):
@@ -62,10 +77,15 @@ class PrunerMaker:
         values |= {"seed": self._config["seed"]} | replaced
         if self._config["slimmer"].get("auto"):
             values["groups"] = [dict(group) for group in self._derived(model, chosen.get("groups"))]
+        per_epoch = self._epoch() if _in_epochs(values) else None  # it takes the data, which a look ahead leaves unread
         values = resolve_steps(values, total_steps=total, steps_per_epoch=per_epoch, total_is="training.prune.steps")
         if replaced and values.get("groups"):
             values["groups"] = [{**group, **replaced} for group in values["groups"]]
         return get_pruner(values, model=model)
+
+    def _epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return max(1, self._task.n_train // self._settings.batch_size)
 
     def _derived(self, model: nn.Module, groups: Any) -> AutoSlimConfig:
         """The groups that slimmer=auto finds in the graph, the same for every model of this run."""
@@ -75,7 +95,8 @@ class PrunerMaker:
             settings = dict(self._config["slimmer"]["auto"])
             check_arguments("slimmer.auto", parse_auto_slim_config, {"model": model, **settings})
             device = next(model.parameters()).device
-            example = {k: v.to(device) for k, v in self._task.example_inputs(2).items()}
+            example = self._task.placeholder_inputs() if self._ahead else self._task.example_inputs(2)
+            example = None if example is None else {k: v.to(device) for k, v in example.items()}
             tracer = self._config["slimmer"]["tracer"]
             self.auto = parse_auto_slim_config(model, example_inputs=example, tracer=tracer, **settings)
         return self.auto
@@ -112,18 +133,20 @@ def composition(config: Mapping[str, Any], run: Run, pruner: Pruner, auto: AutoS
     table.add_row(
         "layers", f"{len(pruner.layers)} with {elements:,} weights are pruned, {len(pruner.excluded)} left out"
     )
-    end = pruner.final_step
+    end, after = pruner.final_step, settings.steps_after_slim(task.n_train)
+    does = "calibrate" if pruner.calibrating else "prune"
     distillation = f", distilled (weight {settings.distillation.weight:g})" if settings.distillation.weight else ""
     table.add_row(
         "steps",
-        f"{settings.dense.steps} dense, {end} prune, {settings.prune.steps - end} recover, "
-        f"batch {settings.batch_size}{distillation}",
+        f"{settings.dense.steps} dense, {end} {does}, {settings.prune.steps - end} recover, "
+        f"{f'{after} more after slimming, ' if after else ''}batch {settings.batch_size}{distillation}",
     )
     slimmer = "slim by traced graph, with certificate" if config["slimmer"]["tracer"] else "no slimming"
     table.add_row("then", slimmer + (", random-mask control" if config["control"] else ""))
     processes = f", {run.accelerator.num_processes} processes" if run.accelerator.num_processes > 1 else ""
     table.add_row(
-        "on", f"{run.device}, {settings.precision}, {torch.get_num_threads()} threads, seed {run.seed}{processes}"
+        "on",
+        f"{run.device}, {settings.precision}, {_count(torch.get_num_threads(), 'thread')}, seed {run.seed}{processes}",
     )
     table.add_row("folder", str(run.folder.path))
     return table
@@ -142,6 +165,16 @@ def _names(name: str, key: str) -> bool:
 
 def _fixed(name: str) -> Mapping[str, Any]:
     return getattr(pruners.get(name), "fixes", {})
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
+def _in_epochs(values: Mapping[str, Any]) -> bool:
+    """Whether a step is said in epochs."""
+    said = [settings.get(key) for settings in (values, *(values.get("groups") or ())) for key in STEPS]
+    return any(isinstance(step, str) for step in said)
 
 
 def _brief(part: Any) -> str:

@@ -1,14 +1,17 @@
 """A model that leaves the run: saved so that it loads again anywhere, and as ONNX or a torch.export program."""
 
-from tritprune.export.artifacts import EXPORTERS, FILES, Artifact, export_onnx, export_program, require
-from tritprune.export.library_config import even_widths
-from tritprune.export.saved_model import builder_of, load_model, loads_with, save, save_model
+from tritprune.export.artifacts import EXPORTERS, FILES, Artifact, check_artifact, export_onnx, export_program, require
+from tritprune.export.builders import builder_of
+from tritprune.export.even_widths import even_widths
+from tritprune.export.loading import load_model, loads_with
+from tritprune.export.saved_model import save, save_model
 
 __all__ = [
     "EXPORTERS",
     "FILES",
     "Artifact",
     "builder_of",
+    "check_artifact",
     "even_widths",
     "export_onnx",
     "export_program",

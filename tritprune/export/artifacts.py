@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,6 +27,7 @@ from tritprune.errors import (
     TraceError,
     TritpruneError,
 )
+from tritprune.export.saved_model import sha256_of
 from tritprune.registry import did_you_mean
 from tritprune.slimming.check_inputs import derive_inputs
 from tritprune.slimming.comparison import TOLERANCES, largest_difference
@@ -35,7 +36,7 @@ from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
 ONNX_LIMIT = 2 * 1024**3  # bytes: one file of protocol buffers
 OPSET = 18
 FILES = {"onnx": "slim.onnx", "torch_export": "slim.pt2"}
-"""What a run writes, by the word in ``slimmer.export``."""
+"""What a run writes, by the word in ``slimmer.save_as``."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Artifact:
         max_abs_difference: the largest absolute difference of any output on any input.
         tolerance: what is allowed, relative to max(1, max |output|).
         inputs: number of inputs that were compared.
+        sha256: SHA-256 of the file, in hexadecimal digits.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Artifact:
     max_abs_difference: float
     tolerance: float
     inputs: int
+    sha256: str
 
 
 def export_onnx(model: nn.Module, inputs: Any, path: str | os.PathLike[str], *, opset: int = OPSET) -> Artifact:
@@ -89,18 +92,7 @@ def export_onnx(model: nn.Module, inputs: Any, path: str | os.PathLike[str], *, 
             opset_version=opset, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
 
-    def read(temporary: Path) -> Callable[..., Sequence[Tensor]]:
-        runtime = import_module("onnxruntime")
-        session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-
-        def run(*tensors: Tensor) -> list[Tensor]:
-            fed = dict(zip(call.input_names, (tensor.numpy() for tensor in tensors), strict=True))
-            known = {entry.name for entry in session.get_inputs()}  # an input that nothing reads is not in the file
-            return [torch.from_numpy(made) for made in session.run(None, {n: a for n, a in fed.items() if n in known})]
-
-        return run
-
-    return _export("onnx", call, Path(path), write, read)
+    return _export("onnx", call, Path(path), write)
 
 
 def export_program(model: nn.Module, inputs: Any, path: str | os.PathLike[str]) -> Artifact:
@@ -123,8 +115,77 @@ def export_program(model: nn.Module, inputs: Any, path: str | os.PathLike[str]) 
         _Call(model, inputs),
         Path(path),
         lambda program, temporary: torch.export.save(program, temporary),
-        lambda temporary: torch.export.load(temporary).module(),
     )
+
+
+def _read_onnx(path: Path) -> Callable[[ModelInputs], Sequence[Tensor]]:
+    runtime = import_module("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    known = {entry.name for entry in session.get_inputs()}  # an input that nothing reads is not in the file
+
+    def run(inputs: ModelInputs) -> list[Tensor]:
+        fed = zip(_names(inputs), (tensor.numpy() for tensor in inputs.tensors().values()), strict=True)
+        return [torch.from_numpy(made) for made in session.run(None, {n: a for n, a in fed if n in known})]
+
+    return run
+
+
+def _read_program(path: Path) -> Callable[[ModelInputs], Sequence[Tensor]]:
+    program = torch.export.load(path).module()
+    return lambda inputs: program(*inputs.tensors().values())
+
+
+READERS: dict[str, Callable[[Path], Callable[[ModelInputs], Sequence[Tensor]]]] = {
+    "onnx": _read_onnx,
+    "torch_export": _read_program,
+}
+"""How a file of each kind is run."""
+
+
+def check_artifact(
+    kind: str, path: str | os.PathLike[str], cases: Iterable[tuple[ModelInputs, Mapping[str, Tensor]]]
+) -> float:
+    """Run a file on inputs whose outputs are known.
+
+    Args:
+        kind: "onnx" or "torch_export".
+        path: the file.
+        cases: inputs, and the outputs that the file should give.
+
+    Returns:
+        The largest absolute difference of any output.
+
+    Raises:
+        ConfigError, MissingPackageError: as :func:`require`.
+        TraceError: the file does not run.
+        CertificateError: an output differs by more than the tolerance of its dtype.
+    """
+    require(kind)
+    path = Path(path)
+    largest = 0.0
+    with quiet(), _running(kind, path.name):
+        run = READERS[kind](path)
+        for inputs, expected in cases:
+            largest = max(largest, _compare(f"{path.name}'s outputs are not the saved model's", run, inputs, expected))
+    return largest
+
+
+@contextmanager
+def _running(kind: str, what: str) -> Iterator[None]:
+    """Name the file where the runtime fails.
+
+    Raises:
+        TraceError: whatever the runtime lacks.
+    """
+    try:
+        yield
+    except (TritpruneError, OSError):
+        raise
+    except Exception as error:  # runtimes raise errors of any kind
+        raise TraceError(
+            f"the {kind} file of {what} does not run: {type(error).__name__}: "
+            f"{(str(error).splitlines() or ['no message'])[0]}"
+        ) from error
 
 
 EXPORTERS: dict[str, Callable[..., Artifact]] = {"onnx": export_onnx, "torch_export": export_program}
@@ -138,7 +199,7 @@ def require(kind: str) -> None:
         MissingPackageError: a package for it is missing.
     """
     if kind not in EXPORTERS:
-        raise ConfigError(f"unknown export '{kind}'; {did_you_mean(kind, list(EXPORTERS))}")
+        raise ConfigError(f"slimmer.save_as: unknown kind of file '{kind}'; {did_you_mean(kind, list(EXPORTERS))}")
     for package in ("onnx", "onnxscript", "onnxruntime") if kind == "onnx" else ():
         try:
             import_module(package)
@@ -163,9 +224,7 @@ class _Call:
             outputs = self.outputs(given)
         # an example with sizes of 1 would fix them
         self.example = max(self.forms, key=lambda form: min(min(t.shape, default=1) for t in form.tensors().values()))
-        single = given.form == "tensor"
-        names = list(given.tensors())
-        self.input_names = ["input"] if single else [f"input_{n}" if n.isdigit() else n for n in names]
+        self.input_names = _names(given)
         self.output_names = list(outputs)
 
     def outputs(self, form: ModelInputs) -> dict[str, Tensor]:
@@ -187,6 +246,13 @@ class _Call:
             )
 
 
+def _names(inputs: ModelInputs) -> list[str]:
+    """The inputs' names in an ONNX file."""
+    if inputs.form == "tensor":
+        return ["input"]
+    return [f"input_{name}" if name.isdigit() else name for name in inputs.tensors()]
+
+
 class _Flat(nn.Module):
     def __init__(self, model: nn.Module, inputs: ModelInputs) -> None:
         super().__init__()
@@ -202,7 +268,6 @@ def _export(
     call: _Call,
     path: Path,
     write: Callable[[Any, Path], None],
-    read: Callable[[Path], Callable[..., Sequence[Tensor]]],
 ) -> Artifact:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -219,15 +284,12 @@ def _export(
                     f"{type(call.model).__name__} cannot be exported as {kind}: {type(error).__name__}: "
                     f"{lines[0] if lines else 'no message'}"
                 ) from error
-            try:
-                largest, tolerance = _compare(kind, call, read(temporary))
-            except (TritpruneError, OSError):
-                raise
-            except Exception as error:  # whatever the runtime lacks
-                raise TraceError(
-                    f"the {kind} file of {type(call.model).__name__} does not run: {type(error).__name__}: "
-                    f"{(str(error).splitlines() or ['no message'])[0]}"
-                ) from error
+            with _running(kind, type(call.model).__name__):
+                run = READERS[kind](temporary)
+                cases = [(form, call.outputs(form)) for form in call.forms]
+                about = f"the {kind} file's outputs are not the model's"
+                largest = max(_compare(about, run, form, expected, "; nothing was written") for form, expected in cases)
+        digest = sha256_of(temporary)
         size = temporary.stat().st_size
         temporary.replace(path)
     except OSError as error:
@@ -235,30 +297,33 @@ def _export(
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return Artifact(kind, str(path), size, largest, tolerance, len(call.forms))
+    dtypes = {tensor.dtype for _, expected in cases for tensor in expected.values()}
+    tolerance = max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    return Artifact(kind, str(path), size, largest, tolerance, len(call.forms), digest)
 
 
-def _compare(kind: str, call: _Call, run: Callable[..., Sequence[Tensor]]) -> tuple[float, float]:
-    """The largest difference over all inputs, and the tolerance.
+def _compare(
+    about: str,
+    run: Callable[[ModelInputs], Sequence[Tensor]],
+    inputs: ModelInputs,
+    expected: Mapping[str, Tensor],
+    after: str = "",
+) -> float:
+    """The largest difference of an output.
 
     Raises:
-        CertificateError: an output differs by more.
+        CertificateError: it is more than the tolerance.
     """
-    largest, dtypes = 0.0, set[torch.dtype]()
-    for form in call.forms:
-        expected = call.outputs(form)
-        dtypes |= {tensor.dtype for tensor in expected.values()}
-        with torch.no_grad():
-            made: Mapping[str, Tensor] = dict(zip(expected, run(*form.tensors().values()), strict=True))
-        found = largest_difference(expected, made)
-        if not found.within:
-            on = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in form.tensors().items())
-            raise CertificateError(
-                f"the {kind} file's outputs are not the model's: '{found.where}' differs by {found.largest:.2e} "
-                f"where {found.allowed:.2e} is allowed, on inputs {on}; nothing was written"
-            )
-        largest = max(largest, found.largest)
-    return largest, max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    with torch.no_grad():
+        made: Mapping[str, Tensor] = dict(zip(expected, run(inputs), strict=True))
+    found = largest_difference(expected, made)
+    if not found.within:
+        on = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.tensors().items())
+        raise CertificateError(
+            f"{about}: '{found.where}' differs by {found.largest:.2e} where {found.allowed:.2e} is allowed, "
+            f"on inputs {on}{after}"
+        )
+    return found.largest
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from torch import nn
+
 from tritprune.errors import CheckpointError, ConfigError
 from tritprune.integrations.late import LatePruner, unfinished
 from tritprune.pruners import Pruner
@@ -62,6 +64,7 @@ class LightningPruning(*_callback_classes()):
         self._late = LatePruner("LightningPruning", pruner, settings)
         self._total_steps = total_steps
         self._waiting: Mapping[str, Any] | None = None
+        self._modes: dict[nn.Module, bool] = {}
         self.pruner: Pruner | None = None
         """The pruner, from the beginning of training on."""
 
@@ -115,9 +118,18 @@ class LightningPruning(*_callback_classes()):
             )
         self._waiting = None
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the sparsity."""
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Evaluation mode, without dropout, for what the pruner calibrates on."""
         assert self.pruner is not None
+        if self.pruner.calibrating and not self._modes:
+            self._modes = {module: module.training for module in pl_module.modules()}
+            pl_module.eval()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the sparsity; after the last batch of a calibration the modules get their own modes back."""
+        assert self.pruner is not None
+        if not self.pruner.calibrating:
+            self._restore_modes()
         values = {
             "sparsity": self.pruner.current_sparsity_ratio,
             "sparsity_target": self.pruner.target_at(self.pruner.step),
@@ -127,6 +139,7 @@ class LightningPruning(*_callback_classes()):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach."""
         assert self.pruner is not None
+        self._restore_modes()
         self.pruner.detach()
         sentence = unfinished(self.pruner)
         if sentence is not None:
@@ -134,8 +147,14 @@ class LightningPruning(*_callback_classes()):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach, so that training can go on from a checkpoint."""
+        self._restore_modes()
         if self.pruner is not None:
             self.pruner.detach()
+
+    def _restore_modes(self) -> None:
+        for module, training in self._modes.items():
+            module.training = training
+        self._modes = {}
 
     def _lengths(self, trainer: Any, pl_module: Any) -> tuple[int | None, int | None, str]:
         """Optimizer steps of training and of an epoch, as far as they are known, and what the first is called."""

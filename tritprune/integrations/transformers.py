@@ -60,6 +60,7 @@ class TransformersPruning(TrainerCallback):
     ) -> None:
         self._late = LatePruner("TransformersPruning", pruner, settings)
         self._resume_from = resume_from
+        self._still: Any = None
         self.pruner: Pruner | None = None
         """The pruner, from the beginning of training on."""
 
@@ -101,6 +102,13 @@ class TransformersPruning(TrainerCallback):
             self._restore(args, state)
         self.pruner.attach(optimizer)
         _at_work[model] = weakref.ref(self)
+        if self.pruner.calibrating:  # the Trainer sets training mode right before each forward pass
+            self._still = model.register_forward_pre_hook(_evaluate)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave evaluation mode to the Trainer again once calibration has chosen the masks."""
+        if self.pruner is not None and not self.pruner.calibrating:
+            self._stir()
 
     def on_log(
         self,
@@ -134,6 +142,7 @@ class TransformersPruning(TrainerCallback):
         Raises:
             CheckpointError: the best model was loaded, and the state of its masks cannot be.
         """
+        self._stir()
         if self.pruner is None:
             return
         self.pruner.detach()
@@ -145,8 +154,15 @@ class TransformersPruning(TrainerCallback):
         if sentence is not None:
             _log.warning(sentence)
 
+    def _stir(self) -> None:
+        """No longer keep the model in evaluation mode."""
+        if self._still is not None:
+            self._still.remove()
+            self._still = None
+
     def _check_use(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Refuse what would go wrong later."""
+        self._stir()  # an interrupted training did not come to its end
         if self.pruner is not None:
             if not state.global_step:
                 raise ConfigError(
@@ -201,6 +217,11 @@ def fingerprint(pruner: Pruner) -> str:
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         digest.update(memoryview(weight.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _evaluate(module: nn.Module, inputs: Any) -> None:
+    """A forward pre-hook: no dropout in what a pruner calibrates on."""
+    module.eval()
 
 
 def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int | None:

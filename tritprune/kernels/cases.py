@@ -52,6 +52,8 @@ class Case:
             returned = function(**arguments)
         if self.op == "accumulate_unit_scores_":
             results = [*arguments["scores"], arguments["skipped"]]
+        elif self.op == "restore_masks_":
+            results = list(arguments["masks"])
         elif self.op == "apply_masks_":
             results = list(arguments["tensors"])
         elif self.op in ("masked_adamw_", "masked_sgd_"):
@@ -74,6 +76,9 @@ LONG: tuple[Shape, ...] = ((37, 33), (20, 130), (0, 21), (17, 40))
 RAGGED: tuple[Shape, ...] = ((10, 7), (37, 33))
 """Ragged for every block, small and of several tiles."""
 
+RAGGED_GRIDS = [UnitGrid.of_blocks((37, 33), (4, 5)), UnitGrid.of_blocks((50, 90), (3, 1))]
+"""Units of several sizes."""
+
 WIDE: tuple[Shape, ...] = ((32, 64), (16, 128))
 """Sizes that the aligned kernels take."""
 
@@ -85,9 +90,12 @@ def all_cases() -> list[Case]:
         *_n_in_m_cases(),
         *_kth_cases(),
         *_threshold_cases(),
+        *_crossing_cases(),
+        *_non_finite_cases(),
         *_apply_cases(),
         *_violation_cases(),
         *_statistics_cases(),
+        *_restore_cases(),
         *_optimizer_cases(),
     ]
 
@@ -273,13 +281,127 @@ def _each_layer_inputs() -> Iterator[tuple[str, Callable[[torch.Generator], Argu
         yield f"a budget a layer: {values}", make
 
 
+def _search_inputs() -> Iterator[tuple[str, Callable[[torch.Generator], Arguments]]]:
+    """Searches in which units have gone and layers have floors and caps."""
+    even = [UnitGrid.of_blocks(shape, (4, 1)) for shape in (*WIDE, (64, 128))]
+    mixed = [UnitGrid.of_blocks((37, 33), (4, 5)), *even[:2], UnitGrid(1, 12, 99, 64, 7, 7), *_EMPTY, *even[2:]]
+    for name, grids, share, kept, bounded, values in (
+        ("units have gone", even, 0.5, "bool", False, "positive"),
+        ("packed units have gone", even, 0.5, "packed", False, "positive"),
+        ("units have gone, unaligned address", mixed, 0.6, "offset", False, "positive"),
+        ("packed units have gone, mixed sizes", mixed, 0.6, "packed", False, "positive"),
+        ("more has gone than should", mixed, 0.1, "packed", False, "positive"),
+        ("floors and caps", even, 0.5, "none", True, "positive"),
+        ("floors and caps, units have gone", mixed, 0.6, "bool", True, "positive"),
+        ("floors and caps, packed units have gone", even, 0.6, "packed", True, "positive"),
+        ("ties at floors and caps, units have gone", mixed, 0.5, "bool", True, "ties"),
+    ):
+        yield name, _search_input(grids, share, values=values, kept=kept, bounded=bounded)
+        if name.startswith("floors and caps,"):
+            own = _search_input(grids, share, values=values, kept=kept, bounded=bounded, each=True)
+            yield f"a budget a layer: {name}", own
+
+
+_EMPTY = [UnitGrid.of_blocks((0, 5), (4, 1))]
+
+
+def _search_input(
+    grids: Sequence[UnitGrid],
+    share: float,
+    *,
+    values: str = "positive",
+    kept: str = "none",
+    bounded: bool = False,
+    each: bool = False,
+) -> Callable[[torch.Generator], Arguments]:
+    def make(generator: torch.Generator) -> Arguments:
+        scores = [_values(generator, grid.shape, values) for grid in grids]
+        marks = [torch.rand(grid.shape, generator=generator) < 0.7 for grid in grids]
+        if kept == "offset":
+            marks = [_laid_out(mark, "offset") for mark in marks]
+        if kept == "packed":
+            marks = [pack_mask(mark) for mark in marks]
+        present = None if kept == "none" else marks
+        bounds = None
+        if bounded:
+            pairs = [(2 * layer, grid) for layer, grid in enumerate(grids)]
+            budgets = [
+                (int((0.1 * place % 1) * grid.elements) - 1, int((1 - 0.15 * place % 0.9) * grid.elements))
+                for place, grid in pairs
+            ]
+            found = [
+                reference.crossing_units(scores, grids, [pair[end] for pair in budgets], kept=present) for end in (0, 1)
+            ]
+            bounds = tuple(torch.stack([one[part] for one in found], 1).contiguous() for part in (0, 1))
+        budget = [int(share * grid.elements) for grid in grids]
+        return {
+            "scores": scores,
+            "grids": list(grids),
+            "budget": budget if each else sum(budget),
+            "kept": present,
+            "bounds": bounds,
+        }
+
+    return make
+
+
+def _crossing_cases() -> Iterator[Case]:
+    for kept in ("none", "bool", "packed"):
+        for name, make in (
+            ("mixed sizes", _search_input([*RAGGED_GRIDS, *_EMPTY], 0.5, kept=kept)),
+            (
+                "ties",
+                _search_input([*RAGGED_GRIDS, UnitGrid.of_blocks((64, 64), (1, 1))], 0.5, kept=kept, values="ties"),
+            ),
+            ("all equal", _search_input([UnitGrid.of_blocks((64, 128), (4, 1))] * 3, 0.5, kept=kept, values="zero")),
+        ):
+            for shares in ((-1.0, 0.5, 1.5, 0.25), (0.0, 1.0, -1.0, 0.9)):
+
+                def with_budgets(
+                    generator: torch.Generator,
+                    make: Callable[..., Arguments] = make,
+                    shares: tuple[float, ...] = shares,
+                ) -> Arguments:
+                    arguments = make(generator)
+                    grids = arguments["grids"]
+                    budgets = [int(shares[n % 4] * max(grid.elements, 1)) for n, grid in enumerate(grids)]
+                    return {
+                        "scores": arguments["scores"],
+                        "grids": grids,
+                        "budgets": budgets,
+                        "kept": arguments["kept"],
+                    }
+
+                sampling = Sampling(tiles=2) if name == "ties" else None
+                called = f"{name}, kept {kept}, {shares[0]:g} of the first"
+                yield Case("crossing_units", called, with_budgets, sampling=sampling)
+
+
+def _non_finite_cases() -> Iterator[Case]:
+    for layout in ("plain", "offset", "transposed"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for values in ("non-finite", "denormal"):
+
+                def make(
+                    generator: torch.Generator, layout: str = layout, dtype: torch.dtype = dtype, values: str = values
+                ) -> Arguments:
+                    shapes = (*UGLY, *WIDE)
+                    return {"scores": [_laid_out(_values(generator, s, values).to(dtype), layout) for s in shapes]}
+
+                name = f"{values}, {str(dtype).removeprefix('torch.')}, {layout}"
+                yield Case("count_non_finite", name, make)
+
+
 SAMPLED = Sampling(least=1, units_per_sample=8, smallest=64, programs=4)
 """A bracket for small inputs: what it takes in is a few percent."""
 
 
 def _kth_cases() -> Iterator[Case]:
-    for name, make in (*_threshold_inputs(), *_each_layer_inputs()):
+    for name, make in (*_threshold_inputs(), *_each_layer_inputs(), *_search_inputs()):
         yield Case("kth_score", name, make)
+    for name, make in _search_inputs():
+        if not name.startswith("a budget a layer"):
+            yield Case("kth_score", f"sampled: {name}", make, sampling=SAMPLED)
     even, flat = [UnitGrid.of_blocks((160, 48), (4, 1))], [UnitGrid.of_blocks((40, 48), (1, 1))]
     several = [UnitGrid.of_blocks((9, 16), (1, 1)), *flat, UnitGrid.of_blocks((33, 40), (1, 1))]
     mixed = [*flat, UnitGrid.of_blocks((71, 50), (4, 3)), UnitGrid(1, 12, 99, 64, 7, 7)]
@@ -310,6 +432,8 @@ def _kth_cases() -> Iterator[Case]:
 def _threshold_cases() -> Iterator[Case]:
     packed = (
         "a budget a layer: signed ties",
+        "packed units have gone",
+        "floors and caps, packed units have gone",
         "ragged",
         "even sizes",
         "several tiles of ties",
@@ -317,7 +441,7 @@ def _threshold_cases() -> Iterator[Case]:
         "unaligned address",
         "no layers",
     )
-    for name, make in (*_threshold_inputs(), *_each_layer_inputs()):
+    for name, make in (*_threshold_inputs(), *_each_layer_inputs(), *_search_inputs()):
 
         def with_threshold(generator: torch.Generator, make: Callable[..., Arguments] = make) -> Arguments:
             arguments = make(generator)
@@ -328,6 +452,8 @@ def _threshold_cases() -> Iterator[Case]:
         yield Case("masks_from_threshold", name, with_threshold)
         if name in packed:
             yield Case("masks_from_threshold", f"packed: {name}", lambda g, m=with_threshold: m(g) | {"packed": True})
+        if name == "several tiles of ties":
+            yield Case("masks_from_threshold", f"large tiles: {name}", with_threshold, sampling=Sampling(tiles=2))
 
 
 def _threshold_inputs() -> Iterator[tuple[str, Callable[[torch.Generator], Arguments]]]:
@@ -455,6 +581,18 @@ def _statistics(name: str, shapes: Sequence[Shape], layout: str, *, packed: bool
         return {"masks": [_laid_out(mask, layout) for mask in masks[0]], "previous": masks[1]}
 
     return Case("mask_statistics", name, make)
+
+
+def _restore_cases() -> Iterator[Case]:
+    for layout, packed in (("plain", False), ("offset", False), ("plain", True)):
+        for condition in (0, 3):
+            both = _statistics(layout, [*UGLY, *WIDE, (90, 110)], layout, packed=packed)
+
+            def make(generator: torch.Generator, both: Case = both, condition: int = condition) -> Arguments:
+                return both.make(generator) | {"condition": torch.tensor(condition)}
+
+            name = f"{'packed' if packed else layout}, {'put back' if condition else 'left'}"
+            yield Case("restore_masks_", name, make)
 
 
 # --- optimizers
@@ -592,9 +730,11 @@ def _resolve(block: tuple[int | str, int | str], shape: Shape) -> Block:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A list of tensors, or a tensor, on another device with its strides and its offset."""
+    """A list or tuple of tensors, or a tensor, on another device with its strides and its offset."""
     if isinstance(value, list):
         return [_moved(entry, device) for entry in cast("list[Any]", value)]
+    if isinstance(value, tuple):
+        return tuple(_moved(entry, device) for entry in cast("tuple[Any, ...]", value))
     if not isinstance(value, Tensor) or device.type == "cpu":
         return value
     storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())

@@ -9,6 +9,7 @@ from torch import Tensor
 from tritprune.kernels.optimizer_reference import Rounding
 from tritprune.kernels.packing import is_packed, packed_length
 from tritprune.kernels.reference import Block, Finish, Form, Reduce
+from tritprune.kernels.threshold_reference import Bounds
 from tritprune.kernels.units import UnitGrid
 
 LARGEST_GROUP = 32
@@ -68,29 +69,58 @@ def n_in_m_group_scores(scores: Sequence[Tensor], n: int, m: int) -> None:
     _n_in_m("n_in_m_group_scores", scores, n, m)
 
 
-def kth_score(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int | Sequence[int]) -> None:
+def kth_score(
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    budget: int | Sequence[int],
+    *,
+    kept: Sequence[Tensor] | None = None,
+    bounds: Bounds | None = None,
+) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
-    _scores_of_grids("kth_score", scores, grids)
+    op = "kth_score"
+    _search(op, scores, grids, kept, bounds)
     budgets = [budget] if isinstance(budget, int) else budget
     if budgets is budget:
-        _same_length("kth_score", scores=scores, budgets=budgets)
+        _same_length(op, scores=scores, budgets=budgets)
     for each in budgets:
         if each < 0:
-            raise ValueError(f"kth_score: the budget is a number of elements, got {each}")
+            raise ValueError(f"{op}: the budget is a number of elements, got {each}")
 
 
 def masks_from_threshold(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor, *, packed: bool = False
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    threshold: Tensor,
+    remainder: Tensor,
+    *,
+    kept: Sequence[Tensor] | None = None,
+    bounds: Bounds | None = None,
+    packed: bool = False,
 ) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
     del packed
     op = "masks_from_threshold"
-    _scores_of_grids(op, scores, grids)
+    _search(op, scores, grids, kept, bounds)
     for name, tensor, dtype in (("threshold", threshold, torch.float32), ("remainder", remainder, torch.int64)):
         if tensor.dtype != dtype or tensor.shape not in ((), (len(scores),)):
             raise ValueError(f"{op}: {name} must be one {dtype} number, or one a layer, got {_show(tensor)}")
     if threshold.ndim != remainder.ndim:
         raise ValueError(f"{op}: one threshold and one remainder, or one of both a layer")
+
+
+def crossing_units(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budgets: Sequence[int], *, kept: Sequence[Tensor] | None = None
+) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    _search("crossing_units", scores, grids, kept, None)
+    _same_length("crossing_units", scores=scores, budgets=budgets)
+
+
+def count_non_finite(scores: Sequence[Tensor]) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    for score in scores:
+        _score("count_non_finite", score, tuple(score.shape), (torch.float32, torch.bfloat16))
 
 
 def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
@@ -115,15 +145,18 @@ def count_violations(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks:
 
 def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None:
     """Raise ValueError where the arguments of the operation do not fit together."""
-    op = "mask_statistics"
-    _same_length(op, masks=masks, previous=previous)
-    for mask, old in zip(masks, previous, strict=True):
-        for name, each in (("mask", mask), ("previous mask", old)):
-            if each.dtype not in (torch.bool, torch.uint8):
-                raise ValueError(f"{op}: a {name} is bool or packed in uint8, got {_show(each)}")
-        _shape(op, "previous mask", old, tuple(mask.shape))
-        if old.dtype != mask.dtype:
-            raise ValueError(f"{op}: both masks are bool or both packed, got {_show(mask)} and {_show(old)}")
+    _masks_and_previous("mask_statistics", masks, previous)
+
+
+def restore_masks_(masks: Sequence[Tensor], previous: Sequence[Tensor], condition: Tensor) -> None:
+    """Raise ValueError where the arguments of the operation do not fit together."""
+    op = "restore_masks_"
+    _masks_and_previous(op, masks, previous)
+    if condition.dtype != torch.int64 or condition.ndim:
+        raise ValueError(f"{op}: the condition is one int64 number, got {_show(condition)}")
+    for mask in masks:
+        if not mask.is_contiguous():
+            raise ValueError(f"{op}: masks must be contiguous, got strides {mask.stride()}")
 
 
 def masked_adamw_(
@@ -215,10 +248,32 @@ def _n_in_m(op: str, scores: Sequence[Tensor], n: int, m: int) -> None:
         _score(op, score, tuple(score.shape))
 
 
-def _scores_of_grids(op: str, scores: Sequence[Tensor], grids: Sequence[UnitGrid]) -> None:
+def _masks_and_previous(op: str, masks: Sequence[Tensor], previous: Sequence[Tensor]) -> None:
+    _same_length(op, masks=masks, previous=previous)
+    for mask, old in zip(masks, previous, strict=True):
+        for name, each in (("mask", mask), ("previous mask", old)):
+            if each.dtype not in (torch.bool, torch.uint8):
+                raise ValueError(f"{op}: a {name} is bool or packed in uint8, got {_show(each)}")
+        _shape(op, "previous mask", old, tuple(mask.shape))
+        if old.dtype != mask.dtype:
+            raise ValueError(f"{op}: both masks are bool or both packed, got {_show(mask)} and {_show(old)}")
+
+
+def _search(
+    op: str, scores: Sequence[Tensor], grids: Sequence[UnitGrid], kept: Sequence[Tensor] | None, bounds: Bounds | None
+) -> None:
     _same_length(op, scores=scores, grids=grids)
     for score, grid in zip(scores, grids, strict=True):
         _score(op, score, grid.shape)
+    if kept is not None:
+        _same_length(op, scores=scores, kept=kept)
+        for mask, grid in zip(kept, grids, strict=True):
+            _mask(op, mask, grid)
+        if len({is_packed(mask) for mask in kept}) > 1:
+            raise ValueError(f"{op}: masks of kept units are all bool or all packed")
+    for tensor, dtype in zip(bounds or (), (torch.float32, torch.int64), strict=False):
+        if tensor.dtype != dtype or tensor.shape != (len(scores), 2) or not tensor.is_contiguous():
+            raise ValueError(f"{op}: bounds are float32 and int64, contiguous [{len(scores)}, 2], got {_show(tensor)}")
 
 
 def _score(op: str, score: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritprune.kernels.packing import packed_length
 from tritprune.kernels.reference import Block, Finish, Form, Reduce
+from tritprune.kernels.threshold_reference import Bounds
 from tritprune.kernels.units import UnitGrid
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -44,22 +45,49 @@ def _apply(tensors: list[Tensor], masks: list[Tensor], blocks: list[int]) -> Non
     _op("apply_masks_")(tensors, masks, _pairs(blocks))
 
 
+@torch.library.custom_op("tritprune::restore_masks_", mutates_args=("masks",), tags=_TAGS)
+def _restore(masks: list[Tensor], previous: list[Tensor], condition: Tensor) -> None:
+    _op("restore_masks_")(masks, previous, condition)
+
+
 def _fake(*arguments: object, **options: object) -> None:
     """Writes in place and returns nothing: nothing to know before it runs."""
 
 
 _accumulate.register_fake(_fake)  # pyright: ignore[reportUnknownMemberType]  (torch leaves its decorator untyped)
 _apply.register_fake(_fake)  # pyright: ignore[reportUnknownMemberType]
+_restore.register_fake(_fake)  # pyright: ignore[reportUnknownMemberType]
 
 
 @torch.library.custom_op("tritprune::kth_score", mutates_args=(), tags=_TAGS)
-def _kth(scores: list[Tensor], grids: list[int], budgets: list[int], a_layer: bool) -> tuple[Tensor, Tensor]:
-    return _op("kth_score")(scores, _grids(grids), budgets if a_layer else budgets[0])
+def _kth(
+    scores: list[Tensor], grids: list[int], budgets: list[int], a_layer: bool, kept: list[Tensor], bounds: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    return _op("kth_score")(scores, _grids(grids), budgets if a_layer else budgets[0], **_stand(kept, bounds))
+
+
+@torch.library.custom_op("tritprune::crossing_units", mutates_args=(), tags=_TAGS)
+def _crossing(scores: list[Tensor], grids: list[int], budgets: list[int], kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return _op("crossing_units")(scores, _grids(grids), budgets, kept=kept or None)
+
+
+@torch.library.custom_op("tritprune::count_non_finite", mutates_args=(), tags=_TAGS)
+def _non_finite(scores: list[Tensor]) -> Tensor:
+    return _op("count_non_finite")(scores)
 
 
 @torch.library.custom_op("tritprune::masks_from_threshold", mutates_args=(), tags=_TAGS)
-def _masks(scores: list[Tensor], grids: list[int], threshold: Tensor, remainder: Tensor, packed: bool) -> list[Tensor]:
-    return _op("masks_from_threshold")(scores, _grids(grids), threshold, remainder, packed=packed)
+def _masks(
+    scores: list[Tensor],
+    grids: list[int],
+    threshold: Tensor,
+    remainder: Tensor,
+    kept: list[Tensor],
+    bounds: list[Tensor],
+    packed: bool,
+) -> list[Tensor]:
+    stand = _stand(kept, bounds)
+    return _op("masks_from_threshold")(scores, _grids(grids), threshold, remainder, packed=packed, **stand)
 
 
 @torch.library.custom_op("tritprune::n_in_m_masks", mutates_args=(), tags=_TAGS)
@@ -83,15 +111,25 @@ def _statistics(masks: list[Tensor], previous: list[Tensor]) -> Tensor:
 
 
 @_kth.register_fake  # pyright: ignore[reportUnknownMemberType]
-def _(scores: list[Tensor], grids: list[int], budgets: list[int], a_layer: bool) -> tuple[Tensor, Tensor]:
-    del grids, budgets
+def _(
+    scores: list[Tensor], grids: list[int], budgets: list[int], a_layer: bool, kept: list[Tensor], bounds: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    del grids, budgets, kept, bounds
     shape, device = ([len(scores)] if a_layer else []), _device(scores)
     return torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int64, device=device)
 
 
 @_masks.register_fake  # pyright: ignore[reportUnknownMemberType]
-def _(scores: list[Tensor], grids: list[int], threshold: Tensor, remainder: Tensor, packed: bool) -> list[Tensor]:
-    del threshold, remainder
+def _(
+    scores: list[Tensor],
+    grids: list[int],
+    threshold: Tensor,
+    remainder: Tensor,
+    kept: list[Tensor],
+    bounds: list[Tensor],
+    packed: bool,
+) -> list[Tensor]:
+    del threshold, remainder, kept, bounds
     return [_empty_mask(score, grid.shape, packed) for score, grid in zip(scores, _grids(grids), strict=True)]
 
 
@@ -105,6 +143,18 @@ def _(scores: list[Tensor], n: int, m: int, packed: bool) -> list[Tensor]:
 def _(scores: list[Tensor], n: int, m: int) -> list[Tensor]:
     del n
     return [score.new_empty(score.shape[0], -(-score.shape[1] // m)) for score in scores]
+
+
+@_crossing.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(scores: list[Tensor], grids: list[int], budgets: list[int], kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+    del grids, budgets, kept
+    shape, device = [len(scores)], _device(scores)
+    return torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int64, device=device)
+
+
+@_non_finite.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(scores: list[Tensor]) -> Tensor:
+    return torch.empty(len(scores), dtype=torch.int64, device=_device(scores))
 
 
 @_violations.register_fake  # pyright: ignore[reportUnknownMemberType]
@@ -145,18 +195,46 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Seq
 
 
 def kth_score(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int | Sequence[int]
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    budget: int | Sequence[int],
+    *,
+    kept: Sequence[Tensor] | None = None,
+    bounds: Bounds | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`tritprune.kernels.reference.kth_score`; a node of the graph that is being traced."""
-    budgets = [budget] if isinstance(budget, int) else list(budget)
-    return torch.ops.tritprune.kth_score(list(scores), _flat(grids), budgets, not isinstance(budget, int))
+    a_layer = not isinstance(budget, int)
+    budgets = list(budget) if a_layer else [budget]
+    return torch.ops.tritprune.kth_score(
+        list(scores), _flat(grids), budgets, a_layer, list(kept or ()), list(bounds or ())
+    )
+
+
+def crossing_units(
+    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budgets: Sequence[int], *, kept: Sequence[Tensor] | None = None
+) -> Bounds:
+    """See :func:`tritprune.kernels.reference.crossing_units`; a node of the graph that is being traced."""
+    return torch.ops.tritprune.crossing_units(list(scores), _flat(grids), list(budgets), list(kept or ()))
+
+
+def count_non_finite(scores: Sequence[Tensor]) -> Tensor:
+    """See :func:`tritprune.kernels.reference.count_non_finite`; a node of the graph that is being traced."""
+    return torch.ops.tritprune.count_non_finite(list(scores))
 
 
 def masks_from_threshold(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor, *, packed: bool = False
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    threshold: Tensor,
+    remainder: Tensor,
+    *,
+    kept: Sequence[Tensor] | None = None,
+    bounds: Bounds | None = None,
+    packed: bool = False,
 ) -> list[Tensor]:
     """See :func:`tritprune.kernels.reference.masks_from_threshold`; a node of the graph that is being traced."""
-    return torch.ops.tritprune.masks_from_threshold(list(scores), _flat(grids), threshold, remainder, packed)
+    stand = (list(kept or ()), list(bounds or ()))
+    return torch.ops.tritprune.masks_from_threshold(list(scores), _flat(grids), threshold, remainder, *stand, packed)
 
 
 def n_in_m_masks(scores: Sequence[Tensor], n: int, m: int, *, packed: bool = False) -> list[Tensor]:
@@ -180,9 +258,18 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tens
     return torch.ops.tritprune.mask_statistics(list(masks), list(previous))
 
 
+def restore_masks_(masks: Sequence[Tensor], previous: Sequence[Tensor], condition: Tensor) -> None:
+    """See :func:`tritprune.kernels.reference.restore_masks_`; a node of the graph that is being traced."""
+    torch.ops.tritprune.restore_masks_(list(masks), list(previous), condition)
+
+
 def _op(name: str) -> Any:
     """The operation itself, checked and dispatched when the node runs."""
     return getattr(import_module("tritprune.kernels"), name)
+
+
+def _stand(kept: list[Tensor], bounds: list[Tensor]) -> dict[str, Any]:
+    return {"kept": kept or None, "bounds": (bounds[0], bounds[1]) if bounds else None}
 
 
 def _device(tensors: list[Tensor]) -> torch.device:

@@ -6,8 +6,7 @@ The shapes that the docstrings name are checked once, in ``checks.py``, for ever
 of its grid, or packed (``packing.py``): uint8 ``[ceil(units / 8)]``.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,12 +15,15 @@ from torch import Tensor
 
 from tritprune.kernels.optimizer_reference import masked_adamw_, masked_sgd_
 from tritprune.kernels.packing import is_packed, pack_mask, unpack_mask
+from tritprune.kernels.threshold_reference import count_non_finite, crossing_units, kth_score, masks_from_threshold
 from tritprune.kernels.units import UnitGrid
 
 __all__ = [
     "accumulate_unit_scores_",
     "apply_masks_",
+    "count_non_finite",
     "count_violations",
+    "crossing_units",
     "kth_score",
     "mask_statistics",
     "masked_adamw_",
@@ -29,6 +31,7 @@ __all__ = [
     "masks_from_threshold",
     "n_in_m_group_scores",
     "n_in_m_masks",
+    "restore_masks_",
 ]
 
 Form = Literal["magnitude", "gradient", "snip", "product"]
@@ -41,7 +44,6 @@ SMALL_UNIT = 16
 bits everywhere. Larger units are summed in an order that the backend chooses."""
 
 _STRIP_ELEMENTS = 1 << 18
-_SAMPLE = 1 << 17
 
 
 def accumulate_unit_scores_(
@@ -153,91 +155,6 @@ def n_in_m_group_scores(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor
     return costs
 
 
-def kth_score(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int | Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The score at which a budget of elements is spent, if units go in ascending order of their scores.
-
-    Among equal scores the higher (layer, row-major index) goes first. The pruned units are the longest prefix of that
-    order whose elements do not exceed ``budget``; :func:`masks_from_threshold` turns the result into masks.
-    ``+inf`` protects: such a unit never goes, and if everything else fits the result is ``(+inf, 0)``. With a budget a
-    layer, every layer is searched by itself.
-
-    Exact, without sorting or joining the scores: a deterministic sample gives two pivots, one pass weighs what lies
-    below and gathers what lies between, and only that is sorted. A sample that misleads costs a second, full pass.
-    Bytes to move: the scores once.
-
-    Args:
-        scores: fp32, each of the shape of its grid; ``-inf`` and ``+inf`` are allowed, NaN is not.
-        grids: the unit sizes.
-        budget: elements that may go, at least 0, of all layers together or of each.
-
-    Returns:
-        threshold fp32 ``[]``, the score of the first unit that may not go completely, and remainder int64 ``[]``,
-        the elements left for the units that equal it; ``[T]`` each with a budget a layer.
-    """
-    if not isinstance(budget, int):
-        return search_each(kth_score, scores, grids, budget)
-    device = scores[0].device if scores else torch.device("cpu")
-    low, high, below = -math.inf, math.inf, 0
-    values, sizes = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    for low, high in (_sampled_bracket(scores, grids, budget), (-math.inf, math.inf)):
-        below = sum(_mass(score < low, grid) for score, grid in zip(scores, grids, strict=True))
-        between = [_gather(score, grid, low, high) for score, grid in zip(scores, grids, strict=True)]
-        values = torch.cat([values[:0], *(value for value, _ in between)])
-        sizes = torch.cat([sizes[:0], *(size for _, size in between)])
-        if below <= budget < below + int(sizes.sum()):
-            break
-    else:
-        return _protected(device)
-    left = budget - below
-    if low < high:
-        values, order = values.sort()
-        spent = sizes[order].cumsum(0)
-        first_stays = int(torch.searchsorted(spent, left, right=True))
-        threshold = values[first_stays]
-        first_equal = int(torch.searchsorted(values, threshold))
-        left -= int(spent[first_equal - 1]) if first_equal else 0
-    else:
-        threshold = values[0]
-    if threshold == math.inf:
-        return _protected(device)
-    return threshold + 0.0, torch.tensor(left, dtype=torch.int64, device=device)  # + 0.0: -0 is 0
-
-
-def masks_from_threshold(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], threshold: Tensor, remainder: Tensor, *, packed: bool = False
-) -> list[Tensor]:
-    """Which units stay: those above the threshold, and of its equals those that the remainder does not reach.
-
-    ``keep = score > threshold or (score == threshold and e > remainder)``, where ``e`` is the number of elements in
-    the tied units from this one to the last one of the last layer: the highest index goes first.
-    With a threshold a layer, ``e`` ends with the layer.
-    Bytes to move: the scores once, one byte (packed: one bit) a unit.
-
-    Args:
-        scores: fp32, each of the shape of its grid.
-        grids: the unit sizes.
-        threshold: fp32 ``[]`` or ``[T]`` of :func:`kth_score`.
-        remainder: int64 ``[]`` or ``[T]`` of :func:`kth_score`.
-        packed: whether masks are made packed.
-
-    Returns:
-        bool, each of the shape of its grid, True = keep; or packed.
-    """
-    if threshold.ndim:
-        each = zip(scores, grids, threshold, remainder, strict=True)
-        return [masks_from_threshold([s], [g], t, r, packed=packed)[0] for s, g, t, r in each]
-    masks = [score.contiguous() > threshold for score in scores]
-    later = torch.zeros_like(remainder)
-    for score, grid, mask in reversed(list(zip(scores, grids, masks, strict=True))):
-        tied = (score == threshold).flatten().nonzero().flatten()
-        elements = later + grid.sizes_at(tied).flip(0).cumsum(0).flip(0)
-        mask.view(-1)[tied] = elements > remainder
-        later = elements[0] if len(elements) else later
-    return [pack_mask(mask) for mask in masks] if packed else masks
-
-
 def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
     """Zero every element of the pruned units, in place and in the same storage; also NaN, infinity and -0 become 0.
 
@@ -309,17 +226,19 @@ def mask_statistics(masks: Sequence[Tensor], previous: Sequence[Tensor]) -> Tens
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.int64, device=device)
 
 
-def search_each(
-    search: Callable[[Sequence[Tensor], Sequence[UnitGrid], int], tuple[Tensor, Tensor]],
-    scores: Sequence[Tensor],
-    grids: Sequence[UnitGrid],
-    budgets: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Thresholds and remainders ``[T]`` from one search a layer."""
-    found = [search([score], [grid], own) for score, grid, own in zip(scores, grids, budgets, strict=True)]
-    if not found:
-        return torch.empty(0), torch.empty(0, dtype=torch.int64)
-    return torch.stack([threshold for threshold, _ in found]), torch.stack([remainder for _, remainder in found])
+def restore_masks_(masks: Sequence[Tensor], previous: Sequence[Tensor], condition: Tensor) -> None:
+    """``mask <- previous`` in place, if the condition is not 0; the host need not know.
+
+    Bytes to move: none, or both masks once.
+
+    Args:
+        masks: bool, any shape; or packed.
+        previous: of the same types and shapes.
+        condition: int64 ``[]``.
+    """
+    for mask, old in zip(masks, previous, strict=True):
+        if bool(condition):
+            mask.copy_(old)
 
 
 def _unpacked(mask: Tensor, tensor: Tensor, block: Block) -> Tensor:
@@ -415,45 +334,3 @@ def _ranks(scores: Tensor, length: int) -> Iterator[Tensor]:
             if i != j:
                 rank += (other < own) if i < j else (other <= own)
         yield rank
-
-
-def _sampled_bracket(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> tuple[float, float]:
-    """Two scores between which the threshold almost surely lies: quantiles of a regular sample, 5 sigma apart."""
-    units = sum(grid.units for grid in grids)
-    elements = sum(grid.elements for grid in grids)
-    if units <= _SAMPLE or not 0 <= budget < elements:
-        return -math.inf, math.inf
-    stride = -(-units // _SAMPLE) | 1  # odd: regular structure in the scores is not met at one phase only
-    index = [
-        torch.arange(0, grid.units, stride, device=score.device) for score, grid in zip(scores, grids, strict=True)
-    ]
-    sample = torch.cat([score.flatten()[::stride] for score in scores])
-    sample, order = sample.sort()
-    spent = torch.cat([grid.sizes_at(i) for grid, i in zip(grids, index, strict=True)])[order].cumsum(0)
-    share = budget / elements
-    centre = int(torch.searchsorted(spent, int(share * int(spent[-1]))))
-    spread = 5 * math.sqrt(len(sample) * share * (1 - share)) + 5
-    first, last = math.floor(centre - spread), math.ceil(centre + spread)
-    low = -math.inf if first < 0 else float(sample[first])
-    return low, math.inf if last >= len(sample) else float(sample[last])
-
-
-def _gather(score: Tensor, grid: UnitGrid, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Scores and sizes of the units in ``[low, high]``, in index order."""
-    score = score.flatten()
-    index = ((score >= low) & (score <= high)).nonzero().flatten()
-    return score[index], grid.sizes_at(index)
-
-
-def _mass(chosen: Tensor, grid: UnitGrid) -> int:
-    """How many elements the chosen units have: bool of the grid's shape -> count."""
-    if grid.uniform_size is not None:
-        return grid.uniform_size * int(torch.count_nonzero(chosen))
-    counts = torch.stack([torch.count_nonzero(part, 1) for part in (chosen[:, :-1], chosen[:, -1:])])  # [2, rows]
-    widths = torch.tensor([grid.col_size, grid.last_col_size], device=chosen.device)
-    return int((widths[:, None] * counts * grid.row_heights(chosen.device)).sum())
-
-
-def _protected(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The answer when everything that may go does: nothing is above, and no equal is touched."""
-    return torch.tensor(math.inf, device=device), torch.zeros((), dtype=torch.int64, device=device)

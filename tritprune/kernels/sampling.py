@@ -17,6 +17,7 @@ class Sampling:
         deviations: half the width of the bracket, in standard deviations of a sample's rank.
         programs: programs that share the scores out, each with a segment of its own for what lies in the bracket.
         room: bytes for all segments together.
+        tiles: in how many pieces the ties of very many units are counted.
     """
 
     least: int = 1 << 22
@@ -26,6 +27,7 @@ class Sampling:
     deviations: float = 5.0
     programs: int = 1024
     room: int = 56 << 20
+    tiles: int = 1 << 20
 
 
 _sampling = Sampling()

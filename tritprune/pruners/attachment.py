@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tritprune.errors import ConfigError
 from tritprune.patterns import WeightView
@@ -105,6 +106,50 @@ def after_closure(
     if "closure" in kwargs:
         return args, {**kwargs, "closure": evaluate}
     return (*args[:1], evaluate, *args[2:]), dict(kwargs)
+
+
+def still_others(pruner: Any, followed: torch.optim.Optimizer) -> list[Any]:
+    """Make steps of all other optimizers leave the weights of a pruner's model alone while it calibrates.
+
+    Their gradients are taken away for the length of the step, and are there again afterwards.
+
+    Args:
+        pruner: has ``model`` and ``calibrating``.
+        followed: the optimizer that it is attached to.
+
+    Returns:
+        Handles, to be removed on detaching; they are when the pruner is gone.
+    """
+    me, own = weakref.ref(pruner), weakref.ref(followed)
+    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        here = me()
+        if here is None or not here.calibrating or optimizer is own():
+            return None
+        mine = {id(parameter) for parameter in here.model.parameters()}
+
+        def take() -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) in mine and parameter.grad is not None:
+                        kept.append((parameter, parameter.grad))
+                        parameter.grad = None
+
+        arguments = after_closure(args, kwargs, take)
+        if arguments is None:
+            take()
+        return arguments
+
+    def after(*_: Any) -> None:
+        while kept:
+            parameter, gradient = kept.pop()
+            parameter.grad = gradient
+
+    handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    for handle in handles:
+        weakref.finalize(pruner, handle.remove)
+    return handles
 
 
 def _owner(module: nn.Module) -> object | None:

@@ -11,62 +11,32 @@ model: it can be saved and copied while the pruner is attached.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritprune.criteria import Criterion
-from tritprune.errors import CheckpointError, ConfigError, MaskMismatchError
-from tritprune.optim import MaskedOptimizer
+from tritprune.errors import ConfigError
 from tritprune.patterns import Pattern
 from tritprune.pruners.attachment import after_closure, claim, release, torch_optimizer
 from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.grouping import group_layers
 from tritprune.pruners.guard import Guard, Verification, check_group, check_other
+from tritprune.pruners.hand_over import HandOver
 from tritprune.pruners.masks import LayerMask, MaskSet, pack, unpack
 from tritprune.pruners.plan import PruningPlan, plan_of
+from tritprune.pruners.record import Record
+from tritprune.pruners.registered import get_pruner, pruners, register_pruner
 from tritprune.pruners.regularizers import Regularizer
-from tritprune.pruners.reports import LayerCount, PruneEvent, SparsityReport, sparsity_of
-from tritprune.pruners.spec_names import SpecNames, by_modules
-from tritprune.pruners.update import Update, update_masks, warnings_of
-from tritprune.registry import Registry
+from tritprune.pruners.reports import LayerCount, PruneEvent, SparsityReport, layer_rows, sparsity_of
+from tritprune.pruners.spec_names import SpecNames
+from tritprune.pruners.state import FORMAT, check_state
+from tritprune.pruners.update import Update, begin_update, update_masks
 from tritprune.schedules import Schedule
 from tritprune.selection import Normalize
 
-P = TypeVar("P", bound="type[Pruner]")
-
-_FORMAT = "tritprune pruner 1"
-
-pruners: "Registry[Pruner]" = Registry("pruner")
-"""Pruners by name."""
-
-
-def register_pruner(name: str) -> Callable[[P], P]:
-    """Class decorator: files a pruner under ``name``.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-    return pruners.register(name)
-
-
-def get_pruner(
-    config: str | Mapping[str, Any], modules: nn.Module | Mapping[str, nn.Module] | None = None, **arguments: Any
-) -> "Pruner":
-    """Make the pruner that ``config`` names, ``"iterative"`` or ``{"name": "one_shot", **settings}``.
-
-    Args:
-        config: a name, or a mapping with ``name`` and settings. It may change places with ``modules``.
-        modules: the model, or ``{dotted name: layer}`` of exactly the layers to prune.
-        arguments: more of its arguments; ``model`` instead of ``modules``.
-
-    Raises:
-        UnknownNameError: unknown name; the message lists the known ones.
-        ConfigError: an unknown or missing setting, or one out of range.
-    """
-    settings, model = by_modules(config, modules)
-    return pruners.build(settings, **({} if model is None else {"model": model}), **arguments)
+__all__ = ["Pruner", "get_pruner", "pruners", "register_pruner"]
 
 
 @register_pruner("iterative")
@@ -151,22 +121,38 @@ class Pruner(SpecNames):
         self._groups = grouping.groups
         self._views = [view for group in self._groups for view in group.views]
         self.step = 0
-        self.last_event: PruneEvent | None = None
         self.last_timing: dict[str, float] = {"score": 0.0, "mask": 0.0}
-        self._counts = {layer.name: LayerCount(layer.units, layer.units, 0, layer.elements, 0) for layer in self.layers}
+        self._record = Record(self.layers, sum(site.grid.units for group in self._groups for site in group.sites))
         self._guard = Guard(guard, self._groups)
+        self._hand_over = HandOver(self._groups)
         self._begun = False
         self._skips_step = False
-        self._warned: set[str] = set()
-        self._callbacks: list[Callable[[PruneEvent], None]] = []
         self._handles: list[Any] = []
-        self._stepped_on: dict[str, list[list[Tensor]]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
+
+    _may_read_later = True
 
     @property
     def masks(self) -> MaskSet:
         """The masks in force, by layer name in registration order."""
+        self.settle()
         return self._whole_masks()
+
+    @property
+    def last_event(self) -> PruneEvent | None:
+        """The last mask update; None before the first."""
+        self.settle()
+        return self._record.last_event
+
+    @property
+    def _counts(self) -> dict[str, LayerCount]:
+        """Of every layer, as its last update left it."""
+        self.settle()
+        return self._record.counts
+
+    @_counts.setter
+    def _counts(self, counts: dict[str, LayerCount]) -> None:
+        self._record.counts = counts
 
     def _whole_masks(self) -> MaskSet:
         """The masks of whole units."""
@@ -240,19 +226,36 @@ class Pruner(SpecNames):
         return self
 
     def detach(self) -> None:
-        """Stop working; masks stay as they are and are no longer applied. Does nothing if not attached."""
+        """Stop working; masks stay as they are and are no longer applied. Does nothing if not attached.
+
+        Raises:
+            NonFiniteScoreError: at the last mask update.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if isinstance(self._optimizer, MaskedOptimizer):
-            self._optimizer.use_masks({}, instead_of=[view.parameter for view in self._views])
-        self._stepped_on = {}
+        self._hand_over.end(self._optimizer)
         self._optimizer = None
         release(self, self._views)
+        self.settle()
 
     def on_update(self, callback: Callable[[PruneEvent], None]) -> None:
-        """Call ``callback`` with the event of every mask update, after the masks are in force."""
-        self._callbacks.append(callback)
+        """Call ``callback`` with the event of every mask update, after the masks are in force.
+
+        At once on the CPU. On a GPU nobody waits for an update's numbers: its event comes before the optimizer step
+        after it, or as soon as anything is asked of the pruner (:meth:`settle`).
+        """
+        self._record.callbacks.append(callback)
+
+    def settle(self) -> None:
+        """Wait for the numbers of the last mask update, if they are on their way from a GPU, and tell its event.
+
+        Everything that a pruner is asked does so first. Does nothing while a CUDA graph is captured.
+
+        Raises:
+            NonFiniteScoreError: a score was NaN or infinite at that update; the masks before it have stayed in force.
+        """
+        self._record.settle()
 
     @torch.no_grad()
     def apply_masks_(self) -> None:
@@ -305,25 +308,7 @@ class Pruner(SpecNames):
 
         Zeros are those of the mask.
         """
-        shapes = {view.name: view.shape for view in self._views}
-        rows: list[dict[str, Any]] = []
-        for layer in self.layers:
-            count = self._counts[layer.name]
-            rows.append(
-                {
-                    "name": layer.name,
-                    "group": layer.group,
-                    "pattern": layer.pattern,
-                    "shape": list(shapes[layer.name]),
-                    "elements": layer.elements,
-                    "unit": layer.unit,
-                    "units": layer.units,
-                    "kept_units": count.kept,
-                    "zeros": count.zeros,
-                    "sparsity": count.zeros / layer.elements,
-                }
-            )
-        return rows
+        return layer_rows(self.layers, {view.name: view.shape for view in self._views}, self._counts)
 
     def digest(self) -> str:
         """SHA-256 of all masks, equal on every device and process that has the same ones."""
@@ -331,11 +316,12 @@ class Pruner(SpecNames):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that pruning needs to go on bit for bit: tensors and plain Python only."""
+        self.settle()
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "step": self.step,
             "begun": self._begun,
-            "warned": sorted(self._warned),
+            "warned": sorted(self._record.warned),
             "masks": {name: {"bits": pack(m.mask), **m.describe()} for name, m in self._whole_masks().items()},
             "groups": {group.name: group.state_dict() for group in self._groups},
         }
@@ -348,20 +334,16 @@ class Pruner(SpecNames):
             CheckpointError: not a pruner's state.
             MaskMismatchError: the state is of other layers, blocks or groups.
         """
-        if state.get("format") != _FORMAT:
-            raise CheckpointError(f"this is not a pruner's state: its format is {state.get('format')!r}")
+        self.settle()
         own = self._whole_masks()
-        wanted = {name: mask.describe() for name, mask in own.items()}
-        found = {name: {k: v for k, v in entry.items() if k != "bits"} for name, entry in state["masks"].items()}
-        if wanted != found or {group.name for group in self._groups} != set(state["groups"]):
-            raise MaskMismatchError(_difference(wanted, found, [group.name for group in self._groups], state))
+        check_state(state, own, [group.name for group in self._groups])
         for group in self._groups:
             group.follow_device()
             bits = {name: state["masks"][name]["bits"] for name in (view.name for view in group.views)}
             group.load_masks({name: unpack(packed, own[name].grid.shape) for name, packed in bits.items()})
             group.load_state_dict(state["groups"][group.name])
             self._counts |= group.count()
-        self.step, self._begun, self._warned = state["step"], state["begun"], set(state["warned"])
+        self.step, self._begun, self._record.warned = state["step"], state["begun"], set(state["warned"])
         self.apply_masks_()
         if self._guard.on:
             self.verify()
@@ -377,7 +359,8 @@ class Pruner(SpecNames):
                     group.update_scores_()
                 event = self._update_masks(due)
                 self._apply()
-            self._tell(event)
+            if event is not None:
+                self._tell(event)
         self._begun = True
 
     def _before_step(self, optimizer: torch.optim.Optimizer | None, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -386,6 +369,7 @@ class Pruner(SpecNames):
         Returns:
             None, or the arguments of the step with the closure replaced.
         """
+        self.settle()
         self._guard.look(self._held, self.step)
         self._skips_step = False
         arguments = after_closure(args, kwargs, lambda: self._score(optimizer))
@@ -402,8 +386,7 @@ class Pruner(SpecNames):
         self._skips_step = isinstance(found_inf, Tensor) and bool(found_inf)
         if not self._skips_step:
             self._update_scores(scale)
-        if isinstance(optimizer, MaskedOptimizer):
-            self._hand_over_masks(optimizer)
+        self._hand_over.begin(optimizer)
         self.last_timing = {"score": time.perf_counter() - started, "mask": 0.0}
 
     def _update_scores(self, gradient_scale: Tensor | None) -> None:
@@ -422,7 +405,7 @@ class Pruner(SpecNames):
         for group in self._groups:
             group.regularize_(optimizer, self.step)
         due = [group for group in self._groups if group.times.due(self.step)]
-        if due:
+        if due and not self._reads_later:
             self._guard.report()
         for group in due:
             if group.settings.regrow:  # what comes back starts from zero, not from what the optimizer made of it
@@ -437,68 +420,30 @@ class Pruner(SpecNames):
         """The masks that the weights of a group must hold, and their blocks; none while nothing is pruned."""
         return (group.flat_masks, group.blocks) if group.prunes else ([], [])
 
-    def _hand_over_masks(self, optimizer: MaskedOptimizer) -> None:
-        """Let the optimizer end its step with the masks in force; note for which groups that is all there is to do."""
-        masks = {group.name: group.step_masks() for group in self._groups}
-        optimizer.use_masks(
-            {weight: mask for own in masks.values() for weight, mask in own.items()},
-            instead_of=[view.parameter for view in self._views],
-        )
-        stepped = {p for held in optimizer.param_groups for p in held["params"] if p.grad is not None}
-        self._stepped_on = {
-            group.name: group.masks
-            for group in self._groups
-            if len(masks[group.name]) == len(group.views) and stepped.issuperset(masks[group.name])
-        }
-
     def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         for group in self._groups:
-            if optimizer is not None and self._stepped_on.get(group.name) is group.masks:
+            if optimizer is not None and self._hand_over.has_applied(group):
                 continue
             group.apply_()
             if optimizer is not None:
                 group.reset_state_(optimizer)
 
     def _tell(self, event: PruneEvent) -> None:
-        for callback in self._callbacks:
-            callback(event)
+        self._record.tell(event)
 
-    def _update_masks(self, due: list[LayerGroup]) -> PruneEvent:
-        unchanged = {n: LayerCount(c.units, c.kept, 0, c.elements, c.zeros) for n, c in self._counts.items()}
-        update = self._choose(due)
-        self._counts = unchanged | update.counts
-        warnings = warnings_of(due, self._counts, self.step)
-        fresh = tuple(text for key, text in warnings.items() if key not in self._warned)
-        self._warned |= warnings.keys()
-        counts = self._counts.values()
-        self.last_event = PruneEvent(
-            step=self.step,
-            target=self.target_at(self.step),
-            sparsity=sum(count.zeros for count in counts) / sum(count.elements for count in counts),
-            flip_rate=update.changed / sum(site.grid.units for group in self._groups for site in group.sites),
-            layers=dict(self._counts),
-            skipped_gradients=update.skipped,
-            warnings=fresh,
-        )
-        return self.last_event
+    @property
+    def _reads_later(self) -> bool:
+        """Whether the numbers of a mask update are read one step later: where waiting for them costs."""
+        return self._may_read_later and any(group.device.type != "cpu" for group in self._groups)
+
+    def _update_masks(self, due: list[LayerGroup]) -> PruneEvent | None:
+        """New masks in force; the event, or None where it comes later."""
+        target = self.target_at(self.step)
+        if self._reads_later:
+            self._record.expect(begin_update(due, self.step), target)
+            return None
+        return self._record.note(self._choose(due), target)
 
     def _choose(self, due: list[LayerGroup]) -> Update:
         """Which masks are in force from now on."""
         return update_masks(due, self.step)
-
-
-def _difference(
-    wanted: Mapping[str, Any], found: Mapping[str, Any], groups: list[str], state: Mapping[str, Any]
-) -> str:
-    for name in {**wanted, **found}:
-        if wanted.get(name) != found.get(name):
-            here, there = (_describe(layers.get(name)) for layers in (wanted, found))
-            return f"the pruner's state does not fit: {name} is {here} here and {there} in the state"
-    return f"the pruner's state does not fit: groups {groups} here, {list(state['groups'])} in the state"
-
-
-def _describe(layer: Mapping[str, Any] | None) -> str:
-    if layer is None:
-        return "not pruned"
-    n, m = layer["block"]
-    return f"a {layer['kind']} weight {layer['weight_shape']} in blocks of {n}x{m}"

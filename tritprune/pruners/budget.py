@@ -1,20 +1,12 @@
 """How many elements of a group go, in all and per site: target, scope, floors and caps."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
 from tritprune.patterns import Site
 from tritprune.pruners.settings import GroupSettings
 from tritprune.selection import Demand, at_least, check_feasible, exact_budget, largest_unit, select
-
-
-class Rivals(NamedTuple):
-    """Sites (by position) that compete for one budget."""
-
-    members: tuple[int, ...]
-    elements: int
 
 
 class GroupBudget:
@@ -30,48 +22,43 @@ class GroupBudget:
 
     def __init__(self, settings: GroupSettings, sites: Sequence[Site]) -> None:
         self._settings, self._sites = settings, sites
-        everyone = tuple(range(len(sites)))
-        self._competitions = [
-            Rivals(members, sum(sites[i].elements for i in members))
-            for members in ([everyone] if settings.scope == "global" else [(i,) for i in everyone])
-        ]
+        whole = settings.scope == "global"
+        competitions = [list(sites)] if whole else [[site] for site in sites]
+        self._rivals = [sum(site.elements for site in members) for members in competitions]
         target = settings.target_sparsity
-        for members, elements in self._competitions:
+        for members, elements in zip(competitions, self._rivals, strict=True):
             demands = [
-                Demand(
-                    sites[i].name, sites[i].elements, sites[i].grid, self._floor(sites[i], target), self._cap(sites[i])
-                )
-                for i in members
+                Demand(site.name, site.elements, site.grid, self._floor(site, target), self._cap(site))
+                for site in members
             ]
             check_feasible(demands, exact_budget(target, elements), target)
 
     def select(
-        self, target: float, scores: Sequence[Tensor], pruned: Sequence[Tensor] | None, held: Sequence[bool]
+        self, target: float, scores: Sequence[Tensor], kept: Sequence[Tensor] | None, held: Sequence[bool]
     ) -> list[Tensor]:
-        """The units that stay at a sparsity of ``target``.
+        """The units that stay at a sparsity of ``target``; one search, whatever the scope.
 
         Args:
             target: fraction of zeros of the whole group.
             scores: fp32 of the grid's shape, per site.
-            pruned: bool per site, what has gone for good; None: nothing.
+            kept: bool per site, or packed: what has not gone for good; None: all.
             held: sites that may not lose more now, whatever floors say.
 
         Returns:
             bool per site, True = keep.
         """
-        keep: dict[int, Tensor] = {}
-        for members, elements in self._competitions:
-            chosen = select(
-                [scores[i] for i in members],
-                [self._sites[i].grid for i in members],
-                exact_budget(target, elements),
-                pruned=None if pruned is None else [pruned[i] for i in members],
-                floors=[None if held[i] else self._floor(self._sites[i], target) for i in members],
-                caps=[0 if held[i] else self._cap(self._sites[i]) for i in members],
-                check=False,
-            )
-            keep.update(zip(members, chosen, strict=True))
-        return [keep[i] for i in range(len(self._sites))]
+        budgets = [exact_budget(target, elements) for elements in self._rivals]
+        floors = [self._floor(site, target) for site in self._sites]
+        caps = [self._cap(site) for site in self._sites]
+        return select(
+            scores,
+            [site.grid for site in self._sites],
+            budgets[0] if self._settings.scope == "global" else budgets,
+            kept=kept,
+            floors=[None if stays else floor for stays, floor in zip(held, floors, strict=True)],
+            caps=[0 if stays else cap for stays, cap in zip(held, caps, strict=True)],
+            check=False,
+        )
 
     def _floor(self, site: Site, target: float) -> int | None:
         """The floor in elements. Until the target is reached it grows with it, rounded down to whole units."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tritprune.criteria import get_criterion
 from tritprune.errors import ConfigError
-from tritprune.kernels import UnitGrid
+from tritprune.kernels import UnitGrid, count_non_finite
 from tritprune.optim import WeightMask
 from tritprune.patterns import Block, WeightView, get_pattern, set_reduction
 from tritprune.pruners.budget import GroupBudget
@@ -20,7 +20,7 @@ from tritprune.pruners.regularizers import get_regularizer
 from tritprune.pruners.reports import LayerCount, measure, read_counts
 from tritprune.pruners.settings import SCORE_DTYPES, GroupSettings
 from tritprune.schedules import get_schedule
-from tritprune.selection import count_non_finite, normalize_scores
+from tritprune.selection import normalize_scores
 
 _SAMPLED_STEPS = 1000
 
@@ -166,7 +166,8 @@ class LayerGroup:
         """The masks that the schedule, the budget and the scores of ``step`` ask for. Nothing is read back."""
         assert self.scores is not None
         regrow = self.settings.regrow
-        known = [[torch.ones_like(mask) for mask in masks] for masks in self.masks] if regrow else self.masks
+        whole = torch.ones((), dtype=torch.bool, device=self.device)
+        known = [[whole.expand(mask.shape) for mask in masks] for masks in self.masks] if regrow else self.masks
         unit_scores = normalize_scores(
             [score.float() for score in self.pattern.all_unit_scores(self.sites, self.scores, known)],
             self.settings.normalize,
@@ -182,9 +183,9 @@ class LayerGroup:
 
     def select_units(self, step: int, unit_scores: list[Tensor], before: list[Tensor]) -> list[Tensor]:
         """The units of ``before`` that stay by the budget of ``step``: bool of the grid's shape, per site."""
-        pruned = [~kept for kept in before] if self.prunes and not self.settings.regrow else None
+        kept = before if self.prunes and not self.settings.regrow else None
         held = [any(view.name in self.without_gradient for view in site.views) for site in self.sites]
-        return self._budget.select(self.target_at(step), unit_scores, pruned, held)
+        return self._budget.select(self.target_at(step), unit_scores, kept, held)
 
     def proposal(
         self, keep: list[Tensor], masks: list[list[Tensor]], unit_scores: list[Tensor], before: list[Tensor]
@@ -195,27 +196,35 @@ class LayerGroup:
             keep, masks, torch.cat([counts.flatten(), count_non_finite(unit_scores), self._skipped.view(1)])
         )
 
-    def non_finite(self, numbers: list[int]) -> list[int]:
-        """The part of a proposal's numbers that counts non-finite scores per site."""
-        return numbers[-1 - len(self.sites) : -1]
+    @property
+    def non_finite(self) -> slice:
+        """Which of a proposal's numbers count non-finite scores per site."""
+        return slice(-1 - len(self.sites), -1)
 
-    def commit(self, proposal: Proposal, numbers: list[int]) -> tuple[dict[str, LayerCount], int, int]:
-        """Put a proposal in force.
+    def put_in_force(self, proposal: Proposal, step: int) -> None:
+        """Make a proposal the masks; after the last prune step the scores are freed. Nothing is read back."""
+        self.masks = proposal.masks
+        self._seal()
+        self.prunes = True  # until told() knows
+        self._skipped.zero_()
+        if step >= self.times.last:
+            self.forget_scores()
+
+    def told(self, proposal: Proposal, numbers: list[int]) -> tuple[dict[str, LayerCount], int, int]:
+        """Take up the numbers of a proposal that is in force, or was.
 
         Args:
-            proposal: the new masks.
+            proposal: the masks.
             numbers: its numbers on the host.
 
         Returns:
             counts by layer, changed units, gradient elements skipped since the last update.
         """
-        rows = self._rows(numbers)
         counts = self.counts_of(proposal, numbers)
-        self.masks = proposal.masks
-        self._seal()
-        self.prunes = any(count.zeros for count in counts.values())
-        self._skipped.zero_()
-        return counts, sum(changed for _, changed in rows[: len(self.sites)]), numbers[-1]
+        if self.masks is proposal.masks:
+            self.prunes = any(count.zeros for count in counts.values())
+        changed = sum(changed for _, changed in self._rows(numbers)[: len(self.sites)])
+        return counts, changed, numbers[-1]
 
     def counts_of(self, proposal: Proposal, numbers: list[int]) -> dict[str, LayerCount]:
         """Counts by layer, if the proposal were in force."""

@@ -135,6 +135,7 @@ class MaskSet(Mapping[str, LayerMask]):
             os.close(handle)
             try:
                 save_file({name: pack(layer.mask) for name, layer in self.items()}, temporary, metadata=metadata)
+                Path(temporary).chmod(0o644)  # a temporary file is one that only its owner reads
                 os.replace(temporary, path)  # noqa: PTH105 (a move within the folder)
             finally:
                 Path(temporary).unlink(missing_ok=True)

@@ -42,6 +42,8 @@ class ProgressivePruner(Pruner):
             :class:`Pruner` refuses.
     """
 
+    _may_read_later = False  # how much fades is counted on the host
+
     def __init__(self, model: nn.Module, *, progressive_steps: int = 4, **settings: Any) -> None:
         check_arguments("pruner 'progressive'", Pruner, {"model": model, **settings})
         if type(progressive_steps) is not int or progressive_steps < 2:
@@ -59,6 +61,7 @@ class ProgressivePruner(Pruner):
         """Zero what is pruned, in place and in the same storage."""
         super().apply_masks_()
         for fade in self._fades.values():
+            fade.follow_device()
             fade.apply_()
 
     def verify(self, model: nn.Module | None = None) -> Verification:
@@ -66,6 +69,7 @@ class ProgressivePruner(Pruner):
         found = super().verify(model)
         if model is None:
             for fade in self._fades.values():
+                fade.follow_device()
                 fade.verify(self.step)
         return found
 
@@ -88,12 +92,15 @@ class ProgressivePruner(Pruner):
 
     def _held(self, group: LayerGroup) -> tuple[list[Tensor], list[tuple[int, int]]]:
         """Masks of elements where units fade."""
+        self._fades[group.name].follow_device()
         partial = self._fades[group.name].partial
         return (partial, [(1, 1)] * len(partial)) if partial else super()._held(group)
 
     def _choose(self, due: list[LayerGroup]) -> Update:
         """Whole masks: those chosen at the update before, or of now at the first; then those of the next update."""
         fades = [self._fades[group.name] for group in due]
+        for fade in fades:
+            fade.follow_device()
         ready = [fade.now() or read_proposals([fade.group], [self.step], self.step)[0] for fade in fades]
         upcoming = [(fade, step) for fade in fades if (step := fade.group.times.next(self.step)) is not None]
         for fade in fades:
@@ -107,6 +114,8 @@ class ProgressivePruner(Pruner):
         return update
 
     def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        for fade in self._fades.values():
+            fade.follow_device()
         advanced = [fade for fade in self._fades.values() if fade.advance(self.step)]
         super()._apply(optimizer)
         for fade in self._fades.values():
@@ -168,6 +177,19 @@ class _Fade:
         self._elements = zeros - sum(count.zeros for count in self.group.count().values())
         self.partial = []
 
+    def follow_device(self) -> None:
+        """Bring what was chosen and what has faded to where the weights, and with them the group's masks, are now."""
+        self.group.follow_device()
+        device = self.group.device
+        self.partial = [mask.to(device) for mask in self.partial]
+        if self.chosen is not None and self.chosen[0].numbers.device != device:
+            chosen, numbers = self.chosen
+            keep, masks = (
+                [kept.to(device) for kept in chosen.keep],
+                [[m.to(device) for m in own] for own in chosen.masks],
+            )
+            self.chosen = Proposal(keep, masks, chosen.numbers.to(device)), numbers
+
     def now(self) -> Read | None:
         """What was chosen, with the gradient elements that were skipped since."""
         return None if self.chosen is None else (self.chosen[0], [*self.chosen[1][:-1], self.group.skipped()])
@@ -187,7 +209,7 @@ class _Fade:
             [size.masked_fill(~going, math.inf) for size, going in zip(sizes, fading, strict=True)],
             [UnitGrid.of_blocks(view.shape, (1, 1)) for view in self.group.views],
             self._elements * share // self._shares,
-            pruned=[kept & ~partial for kept, partial in zip(now, self.partial or now, strict=True)],
+            kept=[partial | ~kept for kept, partial in zip(now, self.partial or now, strict=True)],
             check=False,
         )
         self.partial = [kept & stays for kept, stays in zip(now, keep, strict=True)]
@@ -196,7 +218,6 @@ class _Fade:
     def apply_(self) -> None:
         """Zero what has faded, in place."""
         if self.partial:
-            self.partial = [mask.to(self.group.device) for mask in self.partial]
             apply_to_weights_(self.group.views, self.partial, [(1, 1)] * len(self.partial))
 
     def reset_state_(self, optimizer: torch.optim.Optimizer) -> None:

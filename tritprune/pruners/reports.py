@@ -1,7 +1,8 @@
 """What a pruner tells: events of mask updates, and sparsity with its denominator."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,33 @@ def sparsity_of(model: nn.Module, layers: Iterable[str]) -> SparsityReport:
         linear_conv=SparsityCount(zeros, sum(weight.numel() for weight in linear_conv)),
         parameters=SparsityCount(zeros, sum(parameter.numel() for parameter in model.parameters())),
     )
+
+
+def layer_rows(
+    layers: Sequence[PrunedLayer], shapes: Mapping[str, tuple[int, int]], counts: Mapping[str, LayerCount]
+) -> list[dict[str, Any]]:
+    """One row a layer: what it is, and how much of it the mask prunes.
+
+    Args:
+        layers: in order.
+        shapes: ``(R, C)`` of the weight views, by layer name.
+        counts: by layer name.
+    """
+    return [
+        {
+            "name": layer.name,
+            "group": layer.group,
+            "pattern": layer.pattern,
+            "shape": list(shapes[layer.name]),
+            "elements": layer.elements,
+            "unit": layer.unit,
+            "units": layer.units,
+            "kept_units": counts[layer.name].kept,
+            "zeros": counts[layer.name].zeros,
+            "sparsity": counts[layer.name].zeros / layer.elements,
+        }
+        for layer in layers
+    ]
 
 
 def measure(

@@ -13,16 +13,20 @@ here each output linear is fitted to its own dense outputs, so that no layer's s
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from tritprune.criteria import Criterion, RetrainFree, get_criterion
 from tritprune.errors import ConfigError, MaskMismatchError
 from tritprune.patterns import Pattern
+from tritprune.pruners.attachment import still_others
 from tritprune.pruners.base import Pruner, register_pruner
 from tritprune.pruners.calibration import Calibration
 from tritprune.pruners.group import LayerGroup
@@ -32,6 +36,8 @@ from tritprune.pruners.settings import check_groups
 from tritprune.pruners.update import Read, Update, put_in_force, read
 from tritprune.registry import did_you_mean
 from tritprune.selection import Normalize, normalize_scores
+
+_log = logging.getLogger(__name__)
 
 OF_A_GROUP = (
     "name", "pattern", "scope", "target_sparsity", "include", "exclude", "exclude_head", "min_layer_sparsity",
@@ -45,8 +51,9 @@ class RetrainFreePruner(Pruner):
     """Prunes channels or heads after training: Fisher mask search on calibration batches (arXiv:2204.09656, section 4).
 
     Either :meth:`calibrate` runs the batches, or :meth:`attach` takes the first ``end_step`` steps of a training loop
-    as calibration: their gradients are taken from the optimizer, so that no weight and no optimizer state moves. What
-    comes after is training with fixed masks.
+    as calibration: their gradients are kept from every optimizer, so that no weight and no optimizer state moves. What
+    comes after is training with fixed masks. A loop of one's own sets ``model.eval()`` for these steps, so that
+    gradients are those of the model without dropout; the callbacks and the command line do so themselves.
 
     Args:
         model: as for :class:`Pruner`.
@@ -78,6 +85,7 @@ class RetrainFreePruner(Pruner):
     """
 
     fixes: ClassVar[dict[str, str]] = {"criterion": "retrain_free", "schedule": "one_shot"}
+    _may_read_later = False  # masks are searched on the host
 
     def __init__(
         self,
@@ -183,6 +191,7 @@ class RetrainFreePruner(Pruner):
             self.step = max(step + self._observe(batches, loss_fn), self.final_step)
             with torch.no_grad():
                 event = self._update_masks(list(self._groups))
+            assert event is not None
         except BaseException:  # as if it had not begun: a second try counts no batch twice
             self.step = step
             for name, calibration in self._calibrations.items():
@@ -266,11 +275,21 @@ class RetrainFreePruner(Pruner):
                 f"pruner 'retrain_free' was given {len(optimizer)} optimizers, and the others would train while it "
                 "calibrates: call calibrate() first, or give it the only one"
             )
-        return super().attach(optimizer)
+        super().attach(optimizer)
+        if self.calibrating and self._optimizer is not None:
+            self._handles += still_others(self, self._optimizer)
+        return self
 
     @torch.no_grad()
     def _score(self, optimizer: torch.optim.Optimizer | None) -> None:
         calibrating = self.calibrating
+        if calibrating and "random" not in self._warned and (names := _random_modules(self.model)):
+            self._warned.add("random")
+            _log.warning(
+                "calibration sees %s in training mode (%d modules, first %s): its gradients are not those of the model "
+                "as it is used; set model.eval() for the first %d steps",
+                type(self.model.get_submodule(names[0])).__name__, len(names), names[0], self.final_step,
+            )  # fmt: skip
         super()._score(optimizer)
         if calibrating and not self._skips_step:  # a weight without a gradient is left alone by every optimizer
             for parameter in {*self.model.parameters(), *(() if optimizer is None else _parameters(optimizer))}:
@@ -314,6 +333,15 @@ def _check_criterion(criterion: str | Mapping[str, Any] | Criterion) -> bool:
             "pruner 'one_shot' takes any criterion"
         )
     return isinstance(found, RetrainFree)
+
+
+def _random_modules(model: nn.Module) -> list[str]:
+    """Names of modules in training mode whose outputs depend on chance or on the rest of the batch."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module.training and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0))
+    ]
 
 
 def _own_settings(group: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:

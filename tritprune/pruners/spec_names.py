@@ -24,7 +24,7 @@ from tritprune.schedules import Schedule
 
 if TYPE_CHECKING:
     from tritprune.pruners.group import LayerGroup
-    from tritprune.pruners.reports import LayerCount
+    from tritprune.pruners.record import Record
 
 
 class SpecNames:
@@ -38,7 +38,7 @@ class SpecNames:
         step: int
         _groups: Sequence[LayerGroup]
         _views: list[WeightView]
-        _counts: dict[str, LayerCount]
+        _record: Record
         _optimizer: Any
         _begin: Callable[[], None]
         _before_step: Callable[..., None]
@@ -77,7 +77,8 @@ class SpecNames:
     @property
     def current_sparsity_ratio(self) -> float:
         """Zeros / elements of the masks in force, over the pruned layers; without a pass over the weights."""
-        counts = self._counts.values()
+        self._record.settle()
+        counts = self._record.counts.values()
         return sum(count.zeros for count in counts) / sum(count.elements for count in counts)
 
     @property

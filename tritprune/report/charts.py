@@ -98,6 +98,8 @@ def flip_chart(curves: Curves) -> "Figure | None":
         return None
     figure, axes = _new(curves, (found,), bottom=0.0)
     thin = _thin(found)
+    if len(thin) == 1:  # a single update makes no line
+        axes.vlines(thin.steps, 0, thin.values, color=STAND_IN.orange, lw=1.4, clip_on=False)
     axes.plot(thin.steps, thin.values, color=STAND_IN.orange, lw=1.4)
     axes.fill_between(thin.steps, thin.values, color=STAND_IN.orange, alpha=0.15, lw=0)
     top = max(found.values, default=0.0)
@@ -231,7 +233,8 @@ def _lines(
     for series, name, color in drawn:
         if series:
             thin = _thin(series)
-            marker: dict[str, Any] = {"marker": "o", "ms": 3.4} if dots and len(thin) <= 40 else {}
+            dotted = len(thin) == 1 or (dots and len(thin) <= 40)  # one point makes no line
+            marker: dict[str, Any] = {"marker": "o", "ms": 3.4, "clip_on": False} if dotted else {}
             axes.plot(thin.steps, thin.values, color=color, lw=1.8, **marker)
             ends.append((thin.values[-1], f"{name} {series.values[-1]:.3f}", color))
     return ends

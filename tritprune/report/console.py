@@ -34,7 +34,13 @@ from tritprune.report.words import (
     verdict,
 )
 
-WHAT = {"dense": "as trained", "pruned": "zeros stored", "slim": "zeros cut away", "random control": "same budget"}
+WHAT = {
+    "dense": "as trained",
+    "pruned": "zeros stored",
+    "slim": "zeros cut away",
+    "tuned": "slim, trained on",
+    "random control": "same budget",
+}
 
 
 def console_table(result: Result) -> Table:
@@ -81,7 +87,7 @@ def console_epilogue(result: Result, run_folder: str | os.PathLike[str]) -> Rend
         lines.append(("curves", wandb if online else f"wandb sync {short_path(folder / wandb)}"))
     elif curves := artifacts.get("curves"):
         lines.append(("curves", short_path(folder / str(curves))))
-    if slim := artifacts.get("slim"):
+    if slim := artifacts.get("tuned") or artifacts.get("slim"):
         lines.append(("model", "; ".join(filter(None, reload_snippet(folder / str(slim)).splitlines()))))
         if loads := part(result, "slim", "loads"):
             lines.append(("", str(loads)))
@@ -154,7 +160,9 @@ def _overrides(result: Result) -> dict[str, str]:
     return {key.lstrip("+~"): value for key, _, value in pairs}
 
 
-_SWEEP_NOTE = "Each row is the slim model, else the pruned one; sparsity is zeros / prunable weights before slimming."
+_SWEEP_NOTE = (
+    "Each row is the final model: tuned, slim or pruned; sparsity is zeros / prunable weights before slimming."
+)
 
 
 def _job(result: Result, sizes: Sequence[str]) -> list[str]:

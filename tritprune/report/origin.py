@@ -21,12 +21,12 @@ def again(result: Result, run_folder: Path) -> Html:
     """Commands to run it again, go on and load the model; then versions, data, machine, code and config."""
     command = str(result.get("command") or "")
     stopped = result.get("status") != "finished" and command
-    slim = part(result, "artifacts", "slim")
-    reload_ = reload_snippet(run_folder / str(slim)) if slim else ""
+    final = part(result, "artifacts", "tuned") or part(result, "artifacts", "slim")
+    reload_ = reload_snippet(run_folder / str(final)) if final else ""
     blocks = [
         tag("div", tag("h3", "Run it again"), tag("pre", command), class_="block") if command else None,
         tag("div", tag("h3", "Go on"), tag("pre", resume_command(command)), class_="block") if stopped else None,
-        tag("div", tag("h3", "Load the slim model"), tag("pre", reload_), class_="block") if reload_ else None,
+        tag("div", tag("h3", "Load the final model"), tag("pre", reload_), class_="block") if reload_ else None,
     ]
     config = part(result, "config")
     return join(
@@ -68,7 +68,8 @@ def _provenance(result: Result) -> Html:
     ]
     hardware = [part(machine, "cpu"), part(machine, "gpu")]
     if cores := part(machine, "cores"):
-        hardware.append(f"{cores} cores, {part(machine, 'threads') or cores} threads")
+        threads = part(machine, "threads") or cores
+        hardware.append(f"{cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)}")
     seconds = part(result, "seconds")
     stages = {stage: number(time) for stage, time in seconds.items()} if isinstance(seconds, Mapping) else {}
     timing = ", ".join(f"{stage} {duration(time)}" for stage, time in stages.items() if time is not None)

@@ -178,8 +178,8 @@ def row_of(result: Result, model: str) -> Mapping[str, Any] | None:
 
 
 def final_row(result: Result) -> Mapping[str, Any] | None:
-    """The row that the run was made for: the slim model, else the pruned one."""
-    return row_of(result, "slim") or row_of(result, "pruned")
+    """The row that the run was made for: the slim model, trained on if it was, else the pruned one."""
+    return row_of(result, "tuned") or row_of(result, "slim") or row_of(result, "pruned")
 
 
 def primary_metric(result: Result) -> str:

@@ -44,8 +44,13 @@ MODELS = {
     "dense": "as trained, nothing pruned",
     "pruned": "masked, zeros still stored",
     "slim": "dead units cut away",
+    "tuned": "slim, trained further",
     "random control": "random units, same budget",
 }
+
+
+PLACES = {"feed-forward": "feed-forward block", "channels": "channel group", "stream": "residual stream"}
+"""Kinds of places that slimming looks at, in the singular."""
 
 
 def results(result: Result) -> Html | None:
@@ -96,6 +101,8 @@ def _results_note(result: Result) -> str:
     where += f", {threads:.0f} thread{'s' * (threads != 1)}" if threads and not part(result, "machine", "gpu") else ""
     if timed := sorted(int(found) for found in repeats if found is not None):
         notes.append(f"Latency in ms{where}: median of {timed[-1]} runs, p10 to p90 below.")
+        if number(part(final_row(result), "latency", batches(result)[0], "ratio")) is not None:
+            notes.append("Faster or slower: the median over rounds in which the models took turns.")
     if sampling := sampling_note(result):
         notes.append(f"{sampling}; one seed." if len(sampling) else "")
     return " ".join(notes)
@@ -124,7 +131,7 @@ def _latency_cell(row: Mapping[str, Any], batch: str, verdict: str) -> Html:
     if found is None:
         return tag("td", MISSING)
     spread = tag("small", f"{three(found[1])} to {three(found[2])}")
-    return tag("td", three(found[0]), spread, tag("small", verdict) if verdict else None)
+    return tag("td", three(found[0]), spread, tag("small", verdict, class_="verdict") if verdict else None)
 
 
 def curves_section(result: Result, curves: Curves) -> Html | None:
@@ -132,7 +139,7 @@ def curves_section(result: Result, curves: Curves) -> Html | None:
     shown = (
         (f"{title(primary_metric(result))}, held out", charts.accuracy_chart(result, curves), ""),
         ("Sparsity of the prunable weights", charts.sparsity_chart(curves), ""),
-        ("Loss", charts.loss_chart(curves), _lost(curves)),
+        ("Loss", charts.loss_chart(curves), " ".join(filter(None, (_distilled(result), _lost(curves))))),
         ("Units whose mask changed, per update", charts.flip_chart(curves), ""),
         ("Where a step's time goes", charts.time_chart(curves), ""),
     )
@@ -162,6 +169,16 @@ def _time_table(curves: Curves) -> Html | None:
         table(heads, rows, class_="dense"),
         tag("figcaption", note, class_="note") if note else None,
     )
+
+
+def _distilled(result: Result) -> str:
+    """What else than training or the labels is in the training loss."""
+    if part(result, "config", "pruner", "name") == "retrain_free":
+        return "While it calibrates, no weight moves: the loss is that of the dense model on each batch."
+    weight = number(part(result, "config", "training", "distillation", "weight"))
+    if not weight:
+        return ""
+    return f"From the prune stage on, distillation from the dense model has weight {weight:g} in the training loss."
 
 
 def _lost(curves: Curves) -> str:
@@ -245,13 +262,14 @@ def slimming(result: Result) -> Html | None:
             part(slim, "certificate"),
             "; ".join(filter(None, (str(part(slim, "loads") or ""), evened_out(result)))),
             items(result, "exports"),
+            number(result.get("after_slim")) or 0,
         ),
     ]
     parts.append(tag("div", _cuts(slim), _refused(slim), class_="two block"))
     return join(parts)
 
 
-def _certificate(certificate: Any, loads: str, exports: list[Mapping[str, Any]]) -> Html | None:
+def _certificate(certificate: Any, loads: str, exports: list[Mapping[str, Any]], after: float) -> Html | None:
     if not isinstance(certificate, Mapping):
         return None
     holds = bool(certificate.get("holds"))
@@ -269,6 +287,7 @@ def _certificate(certificate: Any, loads: str, exports: list[Mapping[str, Any]])
         if certificate.get("inputs") is None
         else f"{certificate.get('inputs')} fixed inputs, every output",
         "Outputs, SHA-256": certificate.get("outputs_sha256"),
+        "About": f"slim/ as it was cut; tuned/ is slim/ after {digits(after)} more steps of training" if after else "",
         "Loads with": loads,
         "Also as": "; ".join(_exported(made) for made in exports),
     }
@@ -296,7 +315,7 @@ def _cuts(slim: Mapping[str, Any]) -> Html:
             tag(
                 "tr",
                 tag("td", tag("code", cut.get("where"))),
-                tag("td", f"{digits(cut.get('before'))} → {digits(cut.get('after'))}"),
+                tag("td", f"{digits(cut.get('before'))} → {digits(cut.get('after'))}{_block(cut)}"),
             )
             for cut in cuts
         ]
@@ -305,9 +324,14 @@ def _cuts(slim: Mapping[str, Any]) -> Html:
             fold(title, table(("Where", f"{cuts[0].get('unit') or 'unit'}s, before → after"), rows, class_="dense"))
         )
     found = Counter(str(item.get("kind")) for item in items(slim, "found"))
-    lead = f"Looked at: {', '.join(f'{times} {kind}' for kind, times in found.items())}." if found else ""
+    looked = [f"{times} {PLACES.get(kind, kind)}{'s' * (times != 1)}" for kind, times in found.items()]
+    lead = f"Looked at: {', '.join(looked)}." if found else ""
     empty = None if blocks else tag("p", "Nothing: no unit of this mask is dead as a whole.")
     return tag("div", tag("h3", "Cut"), tag("p", lead, class_="note") if lead else None, empty, *blocks, class_="block")
+
+
+def _block(cut: Mapping[str, Any]) -> str:
+    return ", block removed" if cut.get("after") == 0 else ""
 
 
 def _refused(slim: Mapping[str, Any]) -> Html | None:

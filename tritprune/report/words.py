@@ -104,13 +104,32 @@ def share(zeros_total: tuple[int, int] | None) -> float | None:
 
 
 def pattern_label(result: Result) -> str:
-    """What was pruned, as the config would say it: "4x1", "2:4", "4x1 + channelx1"."""
-    labels: dict[str, None] = {}
+    """What was pruned, as the config would say it: "4x1", "2:4", "heads + channelx1"."""
+    return " + ".join(_by_pattern(result)) or str(result.get("name") or "the model")
+
+
+def pruned_share(result: Result) -> str:
+    """The same with its sparsity: "4x1 at 90%", "heads at 33.3% and channelx1 at 50%"."""
+    found = _by_pattern(result)
+    shares = {label: share((zeros, elements)) for label, (zeros, elements) in found.items() if elements}
+    if len(found) > 1 and len(shares) == len(found):
+        return join([f"{label} at {short_percent(at or 0.0)}" for label, at in shares.items()])
+    at = share(sparsity(row_of(result, "pruned") or final_row(result)))
+    return f"{pattern_label(result)} at {short_percent(at)}" if at is not None else pattern_label(result)
+
+
+def _by_pattern(result: Result) -> dict[str, tuple[int, int]]:
+    """Label of a pattern -> its zeros and its elements, over the layers."""
+    found: dict[str, tuple[int, int]] = {}
     for layer in items(result, "layers"):
         pattern, unit = str(layer.get("pattern") or ""), str(layer.get("unit") or "")
         spelled = re.fullmatch(r"\w+x\w+|\d+:\d+|heads", pattern) is not None
-        labels[pattern if spelled or not unit else unit] = None
-    return " + ".join(filter(None, labels)) or str(result.get("name") or "the model")
+        label = "heads" if pattern == "head" else pattern if spelled or not unit else unit
+        zeros, elements = found.get(label, (0, 0))
+        more = (number(layer.get("zeros")) or 0, number(layer.get("elements")) or 0)
+        if label:
+            found[label] = (zeros + int(more[0]), elements + int(more[1]))
+    return found
 
 
 def latency(row: Mapping[str, Any] | None, batch: str) -> tuple[float, float, float] | None:
@@ -131,17 +150,25 @@ def batches(result: Result) -> list[str]:
 
 
 def speed(result: Result, batch: str) -> tuple[float, str] | None:
-    """How the slim (else pruned) model's latency compares with the dense one's at ``batch``.
+    """How the final model's latency compares with the dense one's at ``batch``.
+
+    The models are timed in turn, so each round has a ratio of its own: its median is given, and "faster" or "slower"
+    only where the 95% interval of that median leaves 1 out. Of records without ratios, the medians are compared, and
+    each has to lie outside the other's p10-p90.
 
     Returns:
-        Median dense / median final, and "faster", "slower" or "as fast": a difference counts only where each median
-        lies outside the other's p10-p90. None where one of the two was not timed.
+        Time of dense / time of final, and "faster", "slower" or "as fast". None where one of the two was not timed.
     """
     before, after = latency(row_of(result, "dense"), batch), latency(final_row(result), batch)
     if before is None or after is None or not after[0] > 0:
         return None
-    factor = before[0] / after[0]
-    apart = not (before[1] <= after[0] <= before[2]) and not (after[1] <= before[0] <= after[2])
+    keys = ("ratio", "ratio_low", "ratio_high")
+    factor, low, high = (number(part(final_row(result), "latency", batch, key)) for key in keys)
+    if factor is None or low is None or high is None:
+        factor = before[0] / after[0]
+        apart = not (before[1] <= after[0] <= before[2]) and not (after[1] <= before[0] <= after[2])
+    else:
+        apart = not low <= 1 <= high
     return factor, ("faster" if factor > 1 else "slower") if apart else "as fast"
 
 
@@ -192,12 +219,11 @@ def verdict(result: Result) -> str:
         if before is None:
             return "Nothing was measured before the run ended."
         return f"Dense {metric} {decimal(before)}; the run ended before a pruned model was measured."
-    at = share(sparsity(row_of(result, "pruned") or final))
-    head = f"{pattern_label(result)} at {short_percent(at)}" if at is not None else pattern_label(result)
-    sentences = [f"{head}: {metric} {decimal(after)}"]
+    sentences = [f"{pruned_share(result)}: {metric} {decimal(after)}"]
     if before is not None:
         sentences[0] += f" against {decimal(before)} dense ({difference(result, final)})"
     sentences.append(_size_and_speed(result))
+    sentences.append(_trained_on(result))
     if part(result, "slim", "certificate", "holds") is False:
         sentences.append("But its outputs differ from the pruned model's: do not use it")
     control = metric_of(result, row_of(result, "random control"))
@@ -222,6 +248,16 @@ def _size_and_speed(result: Result) -> str:
     pace = join(_speed_words(rates))
     rest = " and ".join(filter(None, (size, f"is {pace}" if pace else "")))
     return f"The slim model {rest}" if rest else ""
+
+
+def _trained_on(result: Result) -> str:
+    """What training after slimming was worth."""
+    steps, slim, tuned = number(result.get("after_slim")), row_of(result, "slim"), row_of(result, "tuned")
+    before, after = metric_of(result, slim), metric_of(result, tuned)
+    if not steps or before is None or after is None:
+        return ""
+    metric = primary_metric(result).replace("_", " ")
+    return f"{digits(steps)} steps after slimming took its {metric} from {decimal(before)} to {decimal(after)}"
 
 
 def _speed_words(rates: Mapping[str, tuple[float, str]]) -> list[str]:

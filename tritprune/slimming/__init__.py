@@ -6,12 +6,14 @@ from tritprune.slimming.certificate import (
     certify,
     check_saved,
     count_parameters,
+    saved_cases,
     saved_inputs,
     state_sha256,
 )
 from tritprune.slimming.keras_head import ClassifierHeadSearcherTF
 from tritprune.slimming.latency import Latency, measure, measure_together
 from tritprune.slimming.leftovers import Refusal
+from tritprune.slimming.made_inputs import make_inputs
 from tritprune.slimming.optimizer_state import Carried, slim_optimizer
 from tritprune.slimming.searchers import (
     ClassifierHeadSearcher,
@@ -44,11 +46,13 @@ __all__ = [
     "count_parameters",
     "get_attributes",
     "get_common_module",
+    "make_inputs",
     "measure",
     "measure_together",
     "model_slim",
     "parse_auto_slim_config",
     "print_iterables",
+    "saved_cases",
     "saved_inputs",
     "slim",
     "slim_model",

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tritprune.slimming.removal import RemovedAttention, arguments_of
+
 Selections = dict[str, dict[int, Tensor]]
 """Parameter or buffer -> {dimension: int64 indices into it as it was, in the order kept}, for what was cut."""
 
@@ -40,12 +42,19 @@ def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
     Returns:
         ``{"layers": {module: {"tensors": {name: shape or None}, "sizes": {attribute: number or list}}},
         "attributes": {module: {attribute: number}}}``: own tensors of a module that have another shape, or are new, or
-        gone (None); the attributes of :data:`SIZES` that changed; and all other counts that changed, as those of heads.
+        gone (None); the attributes of :data:`SIZES` that changed; and all other counts that changed, as those of heads,
+        ``config.`` before those in a configuration of the module's own. Where attentions were removed, also
+        ``"removed": {module: {"output": name or None, "returns": number}}``: the arguments of
+        :class:`tritprune.slimming.removal.RemovedAttention`.
     """
     layers: dict[str, dict[str, Any]] = {}
     attributes: dict[str, dict[str, Any]] = {}
+    removed: dict[str, dict[str, Any]] = {}
     old = dict(before.named_modules())
     for name, module in after.named_modules():
+        if isinstance(module, RemovedAttention):
+            removed[name] = arguments_of(module)
+            continue
         was, now = _own_tensors(old[name]), _own_tensors(module)
         tensors = {key: shape for key, shape in now.items() if was.get(key, None) != shape}
         counts = dict(_changed_counts(old[name], module))
@@ -54,7 +63,7 @@ def changed_widths(before: nn.Module, after: nn.Module) -> dict[str, Any]:
             layers[name] = {"tensors": tensors, "sizes": sizes}
         if len(counts) > len(sizes):
             attributes[name] = {key: value for key, value in counts.items() if key not in SIZES}
-    return {"layers": layers, "attributes": attributes}
+    return {"layers": layers, "attributes": attributes} | ({"removed": removed} if removed else {})
 
 
 def _own_tensors(module: nn.Module) -> dict[str, list[int] | None]:
@@ -69,3 +78,8 @@ def _changed_counts(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, 
         several = isinstance(value, tuple) and value and all(type(part) is int for part in value)
         if not name.startswith("_") and (one or several) and value != was:
             yield name, value if one else list(value)  # type: ignore[arg-type]
+    mine, theirs = vars(after).get("config"), vars(before).get("config")
+    if type(mine) is type(theirs) and hasattr(mine, "__dict__") and not isinstance(mine, nn.Module):
+        for name, value in vars(mine).items():
+            if type(value) is int and type(vars(theirs).get(name)) is int and value != vars(theirs)[name]:
+                yield f"config.{name}", value

@@ -13,8 +13,9 @@ from tritprune.slimming.elementwise import is_elementwise, is_identity
 from tritprune.slimming.linears import Linears
 from tritprune.slimming.nodes import Graph, Node, Value
 
-PRODUCTS = ("matmul", "bmm", "baddbmm")
-MASKINGS = ("masked_fill", "where", "max")
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+MOVES = ("to", "view", "reshape", "slice", "permute", "transpose")
+MASKINGS = ("masked_fill", "where", "max", "cat")
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,46 @@ def _cores(graph: Graph) -> Iterator[_Core]:
 
 def _explicit_core(product: Node, graph: Graph) -> _Core | None:
     """softmax(scale * QK' + mask) V written out; None if ``product`` is no such thing."""
-    if product.kind == "baddbmm":
+    if product.kind == "baddbmm" or len(_factors(product)) != 2:
         return None
+    found = [core for core in (_behind(product, *pair, graph) for pair in _orders(product)) if core is not None]
+    return found[0] if found else None
+
+
+def _orders(product: Node) -> list[tuple[Value, Value]]:
+    """Probabilities and values: in an equation they may stand in either order."""
+    left, right = _factors(product)
+    return [(left, right), (right, left)] if product.kind == "einsum" else [(left, right)]
+
+
+def _factors(product: Node) -> tuple[Value, ...]:
+    """What a product multiplies."""
+    if product.kind == "einsum":
+        return product.inputs[1].items
+    return product.inputs[1:3] if product.kind == "baddbmm" else product.inputs[:2]
+
+
+def _behind(product: Node, probabilities: Value, values: Value, graph: Graph) -> _Core | None:
+    """The attention whose probabilities these are."""
     normalised = False  # a softmax was met; what follows it may not change the sum of the probabilities
-    node = graph.producer(product.inputs[0])
+    node = graph.producer(probabilities)
     while node is not None and node.kind not in PRODUCTS:
         if node.kind.endswith("softmax") and node.argument(1) in (-1, node.output.rank - 1):
             normalised = True
-        elif not (is_identity(node) or node.kind in ("to", "view", "reshape") or (normalised and _masks(node))):
+        elif not (is_identity(node) or node.kind in MOVES or (normalised and _masks(node))):
             return None
-        node = graph.producer(node.inputs[0])
-    if node is None or not normalised or node.output.rank < 3:
+        node = graph.producer(_scores(node))
+    if node is None or not normalised or node.output.rank < 3 or len(_factors(node)) != 2:
         return None
-    query, key = node.inputs[1:3] if node.kind == "baddbmm" else node.inputs[:2]
-    return _Core(query, key, product.inputs[1], product.output)
+    query, key = _factors(node)
+    return _Core(query, key, values, product.output)
+
+
+def _scores(node: Node) -> Value:
+    """Of what ``node`` reads, the scores: not the condition of a choice, nor what is appended to them."""
+    if node.kind == "where":
+        return next((value for value in node.inputs[1:3] if value.shape == node.output.shape), node.inputs[0])
+    return next(node.inputs[0].tensors(), node.inputs[0])
 
 
 def _masks(node: Node) -> bool:

@@ -16,6 +16,7 @@ from tritprune.kernels import apply_masks_
 from tritprune.patterns import HeadsPattern, Site, WeightView, find_attentions
 from tritprune.slimming.account import copied
 from tritprune.slimming.leftovers import Refusal
+from tritprune.slimming.made_inputs import inputs_for
 from tritprune.slimming.searchers import Linear2LinearSearcher, SelfMHASearcher
 from tritprune.slimming.slimmer import SlimResult, slim_model
 
@@ -62,7 +63,8 @@ def parse_auto_slim_config(
     Args:
         model: left as it is.
         dataloader: its first batch is the example where ``example_inputs`` is not given: a tensor, a mapping (labels
-            are taken out), or (inputs, labels).
+            are taken out), or (inputs, labels). Without either, inputs are made from the model's configuration and its
+            forward's signature, see :func:`tritprune.slimming.make_inputs`.
         ffn2_sparsity: share of the feed-forward channels that go, in [0, 1); 0: none. A channel is pruned as a column
             of the second linear; the slimmer then cuts the row of the first, too.
         mha_sparsity: share of the attention heads that go, in [0, 1); 0: none.
@@ -71,8 +73,8 @@ def parse_auto_slim_config(
         settings: further settings for each group, such as ``scope`` or ``max_layer_sparsity``.
 
     Raises:
-        ConfigError: sparsities out of range or both 0, no example, or nothing in the model that can go; the message has
-            the reasons.
+        ConfigError: sparsities out of range or both 0, no inputs that could be made, or nothing in the model that can
+            go; the message has the reasons.
         TraceError: the model cannot be traced.
     """
     for name, value in (("ffn2_sparsity", ffn2_sparsity), ("mha_sparsity", mha_sparsity)):
@@ -80,7 +82,7 @@ def parse_auto_slim_config(
             raise ConfigError(f"{name} is a share in [0, 1), got {value!r}")
     if not (ffn2_sparsity or mha_sparsity):
         raise ConfigError("auto-slim has nothing to do: ffn2_sparsity and mha_sparsity are both 0")
-    inputs = _example(dataloader) if example_inputs is None else example_inputs
+    inputs = inputs_for(model, dataloader) if example_inputs is None else example_inputs
     roots = _channels(model, inputs, tracer) if ffn2_sparsity else []
     sites, refused = _heads(model, inputs, tracer) if mha_sparsity else ([], [])
     result = _trial(model, inputs, roots, sites, tracer)
@@ -110,7 +112,8 @@ def model_slim(
 
     Args:
         model: with its masks applied.
-        dataloader: its first batch is the example where ``example_inputs`` is not given.
+        dataloader: its first batch is the example where ``example_inputs`` is not given; without either, inputs are
+            made as for :func:`parse_auto_slim_config`.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         in_place: let ``model`` itself become the slim one, in one move at the end; its submodules are then other
             objects. Else a slim copy is returned and ``model`` stays as it is.
@@ -122,23 +125,15 @@ def model_slim(
     Raises:
         ConfigError, TraceError, CertificateError: as :func:`slim_model`; ``model`` is as it was.
     """
-    inputs = _example(dataloader) if example_inputs is None else example_inputs
+    inputs = inputs_for(model, dataloader) if example_inputs is None else example_inputs
     slim = slim_model(model, inputs, **settings).model
     if not in_place:
         return slim
-    for name, module in model.named_modules():
-        slim.get_submodule(name).training = module.training
+    given = dict(model.named_modules())
+    for name, module in slim.named_modules():
+        module.training = given[name].training
     vars(model).update(vars(slim))  # one step of the interpreter: the whole slim model or none of it
     return model
-
-
-def _example(dataloader: Iterable[Any] | None) -> Any:
-    batch = next(iter(dataloader), None) if dataloader is not None else None
-    if batch is None:
-        raise ConfigError("give example_inputs, or a dataloader that has a batch: the model is read by running it once")
-    if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name not in ("label", "labels")}
-    return batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
 
 
 def _channels(model: nn.Module, inputs: Any, tracer: str) -> list[str]:

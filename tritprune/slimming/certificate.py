@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tritprune.errors import CertificateError, CheckpointError, RunFolderError
 from tritprune.slimming.comparison import TOLERANCES, Difference, difference, largest_difference, sha256
 from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
+from tritprune.slimming.multihead import SlimMultiheadAttention
 
 RECORD, TENSORS = "certificate.json", "certificate.safetensors"
 RULE = "max |masked - slim| <= tolerance * max(1, max |masked|), per tensor"
@@ -174,7 +175,7 @@ def check_saved(model: nn.Module, folder: str | Path) -> bool:
         CheckpointError: the certificate is missing or damaged.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    for inputs, expected in _load(Path(folder)):
+    for inputs, expected in saved_cases(folder):
         placed = inputs.with_tensors({name: tensor.to(device) for name, tensor in inputs.tensors().items()})
         try:
             with evaluating(model):
@@ -192,13 +193,19 @@ def saved_inputs(folder: str | Path) -> list[ModelInputs]:
     Raises:
         CheckpointError: the certificate is missing or damaged.
     """
-    return [inputs for inputs, _ in _load(Path(folder))]
+    return [inputs for inputs, _ in saved_cases(folder)]
 
 
-def _load(folder: Path) -> list[tuple[ModelInputs, dict[str, Tensor]]]:
+def saved_cases(folder: str | Path) -> list[tuple[ModelInputs, dict[str, Tensor]]]:
+    """The inputs of the certificate that was saved in ``folder``, and the slim model's outputs on each of them.
+
+    Raises:
+        CheckpointError: the certificate is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    folder = Path(folder)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
@@ -286,6 +293,8 @@ def _run(
     def watch(name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
+            if isinstance(module, SlimMultiheadAttention):
+                output = output[:1]  # the probabilities are those of the heads that are left
             seen.update({f"{name}#{calls[name]}/{path}": tensor for path, tensor in tensors_of(output).items()})
 
         return hook

@@ -11,6 +11,7 @@ import numpy as np
 
 Array = np.ndarray
 Transform = Callable[[Array], Array]
+Parts = tuple[tuple[int, bool], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ class Group:
     def simplified(self) -> "Group":
         """Without the axes along which the atoms do not change; one axis stays."""
         made = self
-        for dim in self.dims:
+        for dim in self.dims if self.atoms.size else ():
             if len(made.dims) > 1 and bool((made.atoms == made.atoms.take([0], made.axis(dim))).all()):
                 made = made.first_of(dim)
         return made
@@ -89,6 +90,7 @@ class Form:
         free: dimensions whose size the model's own code chooses (``zeros``, ``expand``): they follow the others.
         sums_to_one: whether it is a softmax over its last dimension.
         weight: the parameter that it is, and for each dimension the parameter's own.
+        parts: dimensions that several were joined to, some of them free: (size, free) of each, as [batch * heads].
     """
 
     shape: tuple[int, ...] = ()
@@ -96,6 +98,7 @@ class Form:
     free: frozenset[int] = frozenset()
     sums_to_one: bool = False
     weight: tuple[str, tuple[int, ...]] | None = None
+    parts: tuple[tuple[int, Parts], ...] = ()
 
     @property
     def rank(self) -> int:
@@ -113,7 +116,27 @@ class Form:
     def moved(self, shape: tuple[int, ...], new: Callable[[int], int]) -> "Form":
         """The form after dimension d has become dimension ``new(d)``."""
         groups = tuple(group.at(tuple(new(dim) for dim in group.dims)) for group in self.groups)
-        return Form(shape, groups, frozenset(new(dim) for dim in self.free))
+        parts = tuple((new(dim), parts) for dim, parts in self.parts)
+        return Form(shape, groups, frozenset(new(dim) for dim in self.free), parts=parts)
+
+    def follows(self, dim: int, group: Group) -> bool:
+        """Whether this tensor, without units along ``dim``, has the size there that ``group``'s units have."""
+        if dim in self.free:
+            return True
+        parts = dict(self.parts).get(dim)
+        if parts is None:
+            return False
+        atoms = np.moveaxis(group.atoms, group.axis(dim), 0).reshape(*(size for size, _ in parts), -1)
+        return all(free or (atoms == atoms.take([0], k)).all() for k, (_, free) in enumerate(parts))
+
+    def opened(self) -> "Form":
+        """With the parts of dimensions as dimensions of their own."""
+        of = dict(self.parts)
+        sizes = [of.get(dim, ((size, dim in self.free),)) for dim, size in enumerate(self.shape)]
+        start = [sum(len(parts) for parts in sizes[:dim]) for dim in range(self.rank)]
+        flat = [part for parts in sizes for part in parts]
+        made = self.moved(tuple(size for size, _ in flat), start.__getitem__)
+        return replace(made, free=frozenset(k for k, (_, free) in enumerate(flat) if free), parts=())
 
 
 def permuted(form: Form, order: Sequence[int], shape: tuple[int, ...]) -> Form:
@@ -125,6 +148,7 @@ def permuted(form: Form, order: Sequence[int], shape: tuple[int, ...]) -> Form:
 
 def reshaped(form: Form, shape: tuple[int, ...]) -> tuple[Form, list[Group]]:
     """The form as a tensor of another shape with the same elements, and the groups that could not be followed."""
+    form = form.opened() if form.parts else form
     blocks = matching_blocks(form.shape, shape)
     if blocks is None:
         return Form(shape), list(form.groups)
@@ -146,8 +170,16 @@ def reshaped(form: Form, shape: tuple[int, ...]) -> tuple[Form, list[Group]]:
         taken |= set(old)
         made.append(_across(group, old, [form.shape[d] for d in old], new, [shape[d] for d in new]).simplified())
     free = frozenset(single[dim] for dim in form.free if dim in single)
+    parts = tuple(
+        (new[0], tuple((form.shape[dim], dim in form.free) for dim in old))
+        for old, new in blocks
+        if len(old) > 1
+        and len(new) == 1
+        and form.free & set(old)
+        and not any(set(old) & set(g.dims) for g in form.groups)
+    )
     last = form.sums_to_one and bool(shape) and single.get(form.rank - 1) == len(shape) - 1
-    return Form(shape, tuple(made), free, last), lost
+    return Form(shape, tuple(made), free, last, parts=parts), lost
 
 
 def _across(group: Group, old: list[int], sizes: list[int], new: tuple[int, ...], target: list[int]) -> Group:

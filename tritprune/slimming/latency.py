@@ -1,6 +1,7 @@
 """Milliseconds per forward pass, with their spread; models that are compared are measured in turn.
 
-A machine's speed drifts, so one model after the other would compare moments, not models: A B C A B C does not.
+A machine's speed drifts, so one model after the other would compare moments, not models: A B C, B C A, C A B does not.
+Each round begins with another one, or a scheduler whose slices are as long as a round would always halt the same model.
 """
 
 import time
@@ -24,12 +25,18 @@ class Latency:
         p10_ms: 10th percentile, in milliseconds.
         p90_ms: 90th percentile, in milliseconds.
         repeats: number of timed passes.
+        ratio: median over the rounds of the first model's time over this one's: above 1, this one is faster.
+        ratio_low: lower end of the 95% interval of that median (by the ranks of a sign test, no distribution assumed).
+        ratio_high: its upper end.
     """
 
     median_ms: float
     p10_ms: float
     p90_ms: float
     repeats: int
+    ratio: float
+    ratio_low: float
+    ratio_high: float
 
 
 def measure(
@@ -52,7 +59,7 @@ def measure_together(
     repeats: int = 30,
     warmup: int = 3,
 ) -> dict[str, dict[int, Latency]]:
-    """Latency of several models, interleaved: one pass of each, then the next round.
+    """Latency of several models, interleaved: one pass of each, then the next round, which begins with the next model.
 
     Args:
         models: the models by name, in evaluation mode for the time of the measurement.
@@ -74,6 +81,7 @@ def measure_together(
         )
     modes = [(module, module.training) for model in models.values() for module in model.modules()]
     measured: dict[str, dict[int, Latency]] = {name: {} for name in models}
+    names = list(models)
     try:
         for model in models.values():
             model.eval()
@@ -81,12 +89,13 @@ def measure_together(
             inputs = ModelInputs.of(make_inputs(batch))
             times: dict[str, list[float]] = {name: [] for name in models}
             for round_ in range(warmup + repeats):
-                for name, model in models.items():
-                    milliseconds = _time(model, inputs)
+                for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                    milliseconds = _time(models[name], inputs)
                     if round_ >= warmup:
                         times[name].append(milliseconds)
+            first = next(iter(times.values()), [])
             for name, taken in times.items():
-                measured[name][batch] = _summary(taken)
+                measured[name][batch] = _summary(taken, first)
     finally:
         for module, training in modes:
             module.training = training
@@ -108,7 +117,12 @@ def _wait(inputs: ModelInputs) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(taken: list[float]) -> Latency:
+def _summary(taken: list[float], first: list[float]) -> Latency:
     shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    p10, median, p90 = torch.tensor(taken, dtype=torch.float64).quantile(shares).tolist()
-    return Latency(median, p10, p90, len(taken))
+    times = torch.tensor(taken, dtype=torch.float64)
+    p10, median, p90 = times.quantile(shares).tolist()
+    ratios = (torch.tensor(first, dtype=torch.float64) / times).sort().values
+    count = len(taken)
+    rank = max(0, int(count / 2 - 0.98 * count**0.5))  # 1.96 standard deviations of a binomial count of one half
+    ratio, low, high = float(ratios.quantile(0.5)), float(ratios[rank]), float(ratios[count - 1 - rank])
+    return Latency(median, p10, p90, count, ratio, low, high)

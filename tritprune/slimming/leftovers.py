@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tritprune.slimming.attention import Attention
 from tritprune.slimming.forms import distinct
 from tritprune.slimming.linears import is_linear
-from tritprune.slimming.places import Place, count_heads, first_atoms
+from tritprune.slimming.places import Place, count_heads, first_atoms, is_empty
+from tritprune.slimming.rules_sums import GROUPED
 from tritprune.slimming.units import Units
 from tritprune.slimming.walk import Walk
 
@@ -35,10 +36,14 @@ def explain_leftovers(units: Units, places: list[Place]) -> list[Refusal]:
     told = np.zeros(units.weights.size, bool)
     refusals = [*_kept_units(units, places, told), *_dead_heads(units, places, told)]
     heads = {place.family for place in places if place.attentions}
+    attentions = [attention for place in places for attention in place.attentions]
+    empty = {name for attention in attentions if is_empty(units, attention) for name in attention.feeding}
     for name, module in units.model.named_modules():
+        if name in empty:
+            continue
         if is_linear(module) or isinstance(module, nn.modules.conv._ConvNd):
             refusals += _of_layer(units, walk, name, module, why, told, heads)
-    return refusals
+    return refusals + [entry for name in _stacked(walk) for entry in _of_experts(units, name)]
 
 
 def _kept_units(units: Units, places: list[Place], told: np.ndarray) -> list[Refusal]:
@@ -54,6 +59,9 @@ def _kept_units(units: Units, places: list[Place], told: np.ndarray) -> list[Ref
         for reason, count in reasons.items():
             if place.attentions:
                 text = reason.replace("units", "heads")
+                left = count_heads(units, place.attentions[0]).after
+                if left > 1:  # of grouped queries, those of one key
+                    text = text.replace("one stays", f"{left} stay, which share a key")
                 kind, where = "heads", place.attentions[0].where
             else:
                 kind, where, text = "units", place.readers[0], reason
@@ -72,7 +80,8 @@ def _dead_heads(units: Units, places: list[Place], told: np.ndarray) -> list[Ref
             reasons: dict[str, int] = {}
             for atoms in heads:
                 atom = int(atoms[0])
-                reason = units.reason(atom) or units.tie(atom) or "other heads need the keys and values that they share"
+                reason = units.reason(atom) or units.tie(atom) or _held_beside(units, attention)
+                reason = reason or "other heads need the keys and values that they share"
                 reasons[reason] = reasons.get(reason, 0) + 1
                 told[atoms] = True
                 if units.reason(atom):
@@ -83,6 +92,17 @@ def _dead_heads(units: Units, places: list[Place], told: np.ndarray) -> list[Ref
                 for reason, count in reasons.items()
             ]
     return refusals
+
+
+def _held_beside(units: Units, attention: Attention) -> str | None:
+    """Why rows of query, key or value must stay, where the heads are no units of their own."""
+    for layer in attention.feeding:
+        for (name, dim), atoms in units.dims.items():
+            if dim == 0 and name.rpartition(".")[0] == layer:
+                held = [unit for unit in distinct(units.unit[atoms]).tolist() if unit in units.pinned]
+                if held:
+                    return units.pinned[held[0]]
+    return None
 
 
 def _staying(units: Units, attention: Attention, told: np.ndarray) -> list[np.ndarray]:
@@ -112,18 +132,48 @@ def _of_layer(
     for kind, dim in (("rows", int(turned)), ("columns", 1 - int(turned))):
         atoms = units.dims[parameter, dim]
         gone = units.weights.gone[atoms]
+        if units.weights.gone_of(parameter, 1 - dim).all():  # nothing is left of the weight
+            continue
         zero = units.weights.zeros(parameter, dim) & ~gone
         reasons: dict[str, int] = {}
         for atom in atoms[zero].tolist():
             if told[atom]:
                 continue
-            reason = _shared(units, atom) or units.tie(atom) or _of_living(units, kind, atom, why, heads)
+            reason = _shared(units, atom) or units.tie(atom)
+            reason = reason or ("a width of 1 is not followed" if len(atoms) == 1 else None)
+            reason = reason or _of_living(units, kind, atom, why, heads)
             reasons[reason] = reasons.get(reason, 0) + 1
         left = int((~gone).sum())
         refusals += [
             Refusal(kind, name, f"{count} of {left} {kind} are dead but stay: {reason}")
             for reason, count in reasons.items()
         ]
+    return refusals
+
+
+def _stacked(walk: Walk) -> list[str]:
+    """The weights of all experts in one tensor [experts, .., ..], each once."""
+    return list(dict.fromkeys(reader.weight for reader in walk.readers if reader.node.kind in GROUPED))
+
+
+def _of_experts(units: Units, name: str) -> list[Refusal]:
+    """Units that single experts can do without: a tensor of all experts has one width."""
+    (reader, *_) = (r for r in units.walk.readers if r.weight == name)
+    weight = units.weights.tensors[name]
+    zero = ~(weight != 0).any(dim=3 - reader.dim).cpu().numpy()  # [experts, units]
+    gone = units.weights.gone_of(name, reader.dim)
+    count = int(zero[:, ~zero.all(0)].sum())
+    where, refusals = name.rpartition(".")[0], []
+    if count:
+        reason = "all experts are one tensor, and a unit goes only where it is dead in each of them"
+        refusals.append(Refusal("columns", where, f"{count} of {zero.size} columns are dead but stay: {reason}"))
+    reasons: dict[str, int] = {}
+    for atom in units.dims[name, reader.dim][zero.all(0) & ~gone].tolist():
+        reason = units.reason(atom) or "their units are alive"
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, number in reasons.items():
+        text = f"{number} of {zero.shape[1]} columns are dead but stay: {reason}"
+        refusals.append(Refusal("columns", where, text))
     return refusals
 
 

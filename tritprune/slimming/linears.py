@@ -6,6 +6,8 @@ from tritprune.slimming.nodes import Graph, Node, Value
 
 PRODUCTS = ("matmul", "mm")
 TURNS = ("t", "numpy_T", "transpose", "permute")
+PARTS = ("chunk", "split", "split_with_sizes", "slice", "narrow", "contiguous")
+"""Operations that take some rows of a weight, as where query, key and value have one."""
 
 
 class Linears:
@@ -41,11 +43,10 @@ class Linears:
             weight = node.inputs[2]
         elif node.kind in PRODUCTS:
             weight = node.inputs[1]
-            turn = self.graph.producer(weight)
-            if turn is not None and turn.kind in TURNS:
-                weight = turn.inputs[0]
         else:
             return None
+        while (made := self.graph.producer(weight)) is not None and made.kind in (*TURNS, *PARTS):
+            weight = made.inputs[0]
         return weight if weight.parameter and weight.rank == 2 else None
 
     def name(self, node: Node) -> str | None:

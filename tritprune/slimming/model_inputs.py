@@ -76,6 +76,8 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
 
 
 def _collect(value: Any, path: str, found: dict[str, Tensor], seen: set[int]) -> None:
+    if isinstance(value, Tensor) and value.is_nested:
+        value = value.unbind()  # sequences of different lengths
     if isinstance(value, Tensor):
         found[path or "output"] = value
         return
@@ -95,14 +97,19 @@ def _collect(value: Any, path: str, found: dict[str, Tensor], seen: set[int]) ->
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module, caches: bool = False) -> Iterator[None]:
     """Evaluation mode without gradients, and without key-value caches where a configuration turns them on.
 
     A cache is what attention read, kept for the next token: its size is that of the heads, so a slim model's differs.
     On leaving, each module gets its own mode back and each configuration its setting.
+
+    Args:
+        models: the models.
+        caches: let configurations have their caches.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
-    caching = {id(config): config for model in models for config in _configurations(model) if config.use_cache is True}
+    configurations = [config for model in models if not caches for config in _configurations(model)]
+    caching = {id(config): config for config in configurations if config.use_cache is True}
     for model in models:
         model.eval()
     for config in caching.values():

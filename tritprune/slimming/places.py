@@ -11,6 +11,7 @@ from tritprune.slimming.forms import Array, distinct
 from tritprune.slimming.nodes import Value
 from tritprune.slimming.surgery import set_counts
 from tritprune.slimming.units import Units
+from tritprune.slimming.walk import Reader
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Cut:
         where: dotted name: of the layer that reads the units, of the convolution that makes the channels, or of the
             attention module.
         before: number of units before.
-        after: number of units after.
+        after: number of units after; 0 where nothing is left of the block but a bias.
         unit: "unit", "channel" or "head".
     """
 
@@ -100,8 +101,12 @@ def find_places(units: Units) -> list[Place]:
 
 def _families(units: Units, attention: Attention) -> list[int]:
     """The families of what the output linear of an attention reads."""
-    atoms = [r.group.atoms for r in units.walk.readers if _layer(r.weight) == attention.output]
+    atoms = [reader.group.atoms for reader in _output_readers(units, attention)]
     return distinct(units.family[np.concatenate(atoms)]).tolist() if atoms else []
+
+
+def _output_readers(units: Units, attention: Attention) -> list[Reader]:
+    return [reader for reader in units.walk.readers if _layer(reader.weight) == attention.output]
 
 
 def _layer(parameter: str) -> str:
@@ -116,7 +121,6 @@ class Heads:
         before, after: number of query heads.
         keys_before, keys_after: number of key and value heads.
         size: size of a head.
-        dead: how many query heads nothing needs.
     """
 
     before: int
@@ -135,16 +139,26 @@ def count_heads(units: Units, attention: Attention) -> Heads:
     before = len(queries) if queries is not None else attention.heads
     after = int((~gone[queries]).sum()) if queries is not None else before
     shared = 1 if keys is None else len(keys)
+    if is_empty(units, attention):
+        return Heads(before, 0, shared, 0, size)
     return Heads(before, after, shared, shared if keys is None else int((~gone[keys]).sum()), size)
+
+
+def is_empty(units: Units, attention: Attention) -> bool:
+    """Whether nothing is left of what the output linear of an attention reads."""
+    atoms = [reader.group.atoms for reader in _output_readers(units, attention)]
+    return bool(atoms) and bool(units.weights.gone[np.concatenate(atoms)].all())
 
 
 def first_atoms(units: Units, value: Value) -> Array | None:
     """One atom of each head of queries or keys, each head once; None if no dimension counts heads."""
     form = units.walk.forms[value.name]
-    group = form.group(form.rank - 3) if form.rank >= 3 else None
-    if group is None:
+    counted = [dim for dim in (form.rank - 3, form.rank - 2, *range(form.rank - 3)) if dim >= 0]
+    dim = next((dim for dim in counted if form.group(dim) is not None), None) if form.rank >= 3 else None
+    group = form.group(dim) if dim is not None else None
+    if group is None or dim is None:
         return None
-    axis = group.axis(form.rank - 3)
+    axis = group.axis(dim)
     atoms = np.moveaxis(group.atoms, axis, 0).reshape(group.atoms.shape[axis], -1)[:, 0]
     return distinct(atoms)
 
@@ -159,7 +173,9 @@ def cuts_of(units: Units, places: list[Place]) -> list[Cut]:
                 if heads.after != heads.before:
                     made.append(Cut("heads", attention.where, heads.before, heads.after, "head"))
             continue
-        key = place.dims[0] if place.convolutions else next(d for d in place.dims if _layer(d[0]) == place.readers[0])
+        read = dict.fromkeys((reader.weight, reader.dim) for reader in units.walk.readers)
+        key = next(k for k in read if k in place.dims and _layer(k[0]) == place.readers[0])
+        key = place.dims[0] if place.convolutions else key
         atoms = units.dims[key]
         left = int((~units.weights.gone[atoms]).sum())
         if left != len(atoms):

@@ -63,6 +63,42 @@ RECIPES: dict[str, dict[str, list[str]]] = {
         "Qwen2Attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "Qwen2MLP": ["gate_proj", "up_proj", "down_proj"],
     },
+    "phi3": {
+        "Phi3Attention": ["qkv_proj", "o_proj"],
+        "Phi3MLP": ["gate_up_proj", "down_proj"],
+    },
+    "mixtral": {
+        "MixtralAttention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    },
+    "deberta-v2": {
+        "DebertaV2Attention": ["self.query_proj", "self.key_proj", "self.value_proj", "output.dense"],
+        "DebertaV2Layer": ["intermediate.dense", "output.dense"],
+    },
+    "xlm-roberta": {
+        "XLMRobertaAttention": ["self.query", "self.key", "self.value", "output.dense"],
+        "XLMRobertaLayer": ["intermediate.dense", "output.dense"],
+    },
+    "gemma": {
+        "GemmaAttention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "GemmaMLP": ["gate_proj", "up_proj", "down_proj"],
+    },
+    "gemma2": {
+        "Gemma2Attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "Gemma2MLP": ["gate_proj", "up_proj", "down_proj"],
+    },
+    "qwen3": {
+        "Qwen3Attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "Qwen3MLP": ["gate_proj", "up_proj", "down_proj"],
+    },
+    "phi": {
+        "PhiAttention": ["q_proj", "k_proj", "v_proj", "dense"],
+        "PhiMLP": ["fc1", "fc2"],
+    },
+    "whisper": {
+        "WhisperAttention": ["q_proj", "k_proj", "v_proj", "out_proj"],
+        "WhisperEncoderLayer": ["fc1", "fc2"],
+        "WhisperDecoderLayer": ["fc1", "fc2"],
+    },
     "bloom": {
         "BloomAttention": ["query_key_value", "dense"],
         "BloomMLP": ["dense_h_to_4h", "dense_4h_to_h"],

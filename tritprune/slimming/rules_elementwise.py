@@ -25,7 +25,11 @@ def elementwise(walk: Walk, node: Node) -> Form | None:
     else:
         groups = [group.unknown() for group in groups]
     free = frozenset(d for d in range(len(shape)) if all(_yields(form, d) for form in operands.values()))
-    return Form(shape, tuple(groups), free)
+    parts = {d: parts for form in operands.values() for d, parts in form.parts}
+    parts = {
+        d: p for d, p in parts.items() if all(_yields(f, d) or dict(f.parts).get(d) == p for f in operands.values())
+    }
+    return Form(shape, tuple(groups), free, parts=tuple(parts.items()))
 
 
 def identity(walk: Walk, node: Node) -> Form | None:
@@ -68,11 +72,10 @@ def combined(walk: Walk, node: Node, forms: list[Form], shape: tuple[int, ...]) 
                 made.append(group)
     for form in forms:
         for group in made:
-            bare = [d for d in group.dims if form.shape[d] > 1 and d not in form.free and form.group(d) is None]
-            if bare and set(bare) == set(group.dims):
-                walk.pin(group, f"{describe(node)} combines them with {_other(walk, node)}")
-            elif bare:
-                walk.lock(group, bare)
+            alone = [d for d in group.dims if form.shape[d] > 1 and form.group(d) is None]
+            bare = [d for d in alone if not form.follows(d, group)]
+            if bare:
+                walk.lock_or_pin(group, bare, f"{describe(node)} combines them with {_other(walk, node)}")
     return made
 
 
@@ -113,8 +116,13 @@ def _tie_part(walk: Walk, node: Node, whole: Group, part: Group) -> None:
 def _other(walk: Walk, node: Node) -> str:
     """In words, an operand of ``node`` without units."""
     for value in node.operands():
-        if value.name in walk.graph.inputs and value.rank:
-            return "the model's input"
+        if value.rank and not walk.form(value).groups:
+            behind = walk.behind(value)
+            if {"pow", "arange"} <= {made.kind for made in behind}:
+                return "slopes that the model's code computes from the number of heads (ALiBi), fewer would get others"
+            first = behind[-1].inputs[0] if behind and behind[-1].inputs else value
+            if first.name in walk.graph.inputs:
+                return "the model's input"
     return "numbers for each of them that no parameter gives"
 
 

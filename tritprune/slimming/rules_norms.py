@@ -116,13 +116,17 @@ def pool(walk: Walk, node: Node) -> list[Form] | None:
     x = walk.form(node.inputs[0])
     rank = node.output.rank
     spatial = int(next((c for c in node.kind if c.isdigit()), "2"))
-    if any(dim >= rank - spatial for group in x.groups for dim in group.dims) or rank != x.rank:
+    mixed = range(rank - spatial, rank)
+    over = [group for group in x.groups if set(group.dims) & set(mixed)]
+    if rank != x.rank or any(not set(group.dims) <= set(mixed) for group in over):
         return None
+    for group in over:
+        walk.pin(group, f"{describe(node)} mixes them")
     exact = not node.kind.startswith("avg_pool") or not any(node.argument(3, [1])) or node.argument(5) is False
-    groups = x.groups
+    groups = x.without(*over)
     if not exact:
         groups = tuple(g.with_constants(g.known & (g.constant == 0), g.constant) for g in groups)
-    if node.kind.startswith(("upsample", "fractional")) and "bicubic" in node.kind:
+    if "bicubic" in node.kind:
         groups = tuple(g.unknown() for g in groups)
     return [Form(tuple(value.shape or ()), groups) for value in node.outputs]
 
@@ -143,6 +147,11 @@ def pad(walk: Walk, node: Node) -> Form | None:
 
 
 POOLS = [f"{name}_pool{n}d" for name in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)]
+UPSAMPLINGS = [
+    *(f"upsample_{name}" for name in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d")),
+    *("upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)),
+]
 PADS = [f"{name}_pad{n}d" for name in ("reflection", "replication") for n in (1, 2, 3)]
 
 NORMS: dict[str, Rule] = {
@@ -152,7 +161,7 @@ NORMS: dict[str, Rule] = {
     **dict.fromkeys(("cumsum", "cumprod"), running),
     **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "instance_norm"), layer_norm),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_safe_softmax", "softmin"), softmax),
-    **dict.fromkeys((*POOLS, "max_pool2d_with_indices", "upsample_nearest2d", "upsample_bilinear2d"), pool),
+    **dict.fromkeys((*POOLS, *UPSAMPLINGS, "max_pool2d_with_indices"), pool),
     **dict.fromkeys(("pad", "constant_pad_nd", *PADS), pad),
     "batch_norm": batch_norm,
 }

@@ -53,12 +53,24 @@ def _outputs(walk: Walk, weight: Form, kept: int, dim: int, bias: Value | None) 
         return []
     if offset is not None:
         walk.merge(own.atoms, offset.atoms)
-    if weight.weight is None or (bias is not None and bias.parameter is None):  # computed while it runs
-        return [Group.of((dim,), own.atoms)]
+    made = Group.of((dim,), own.atoms)
+    if weight.weight is None or (bias is not None and offset is None):  # computed while it runs
+        return [made]
     name, dims = weight.weight
-    zero = walk.weights.zeros(name, dims[kept])
-    made = walk.weights.bias_of(name, bias.parameter if bias is not None else None)
-    return [Group.of((dim,), own.atoms).with_constants(zero, np.zeros(zero.shape) if made is None else made)]
+    rows = own.atoms - walk.weights.first[name, dims[kept]]
+    zero = walk.weights.zeros(name, dims[kept])[rows]
+    if offset is not None:
+        return [made.with_constants(zero & offset.known, offset.constant)]
+    added = walk.weights.bias_of(name, None)
+    return [made.with_constants(zero, np.zeros(zero.shape) if added is None else added[rows])]
+
+
+def grouped(walk: Walk, node: Node) -> Form | None:
+    """``y = x W[expert of its row]`` with the weights of all experts in one [experts, in, out]: they have one width."""
+    weight = walk.form(node.inputs[1])
+    if weight.rank != 3 or len(walk.form(node.inputs[0]).shape) != 2:
+        return None
+    return _weighted(walk, node, walk.form(node.inputs[0]), weight, 1, 2, None)
 
 
 def convolution(walk: Walk, node: Node) -> Form | None:
@@ -71,7 +83,7 @@ def convolution(walk: Walk, node: Node) -> Form | None:
     channel = len(shape) - spatial - 1
     if x.rank != len(shape) or any(d != channel for g in x.groups for d in g.dims):
         return None
-    padded = transposed or padding is None or padding == "same" or any(padding)
+    padded = transposed or padding is None or (padding != "valid" and any(padding))
     if groups == 1:
         summed, kept = (0, 1) if transposed else (1, 0)
         walk.reads(node, x, channel, weight, summed, bias=bias, padded=bool(padded))
@@ -87,7 +99,7 @@ def _grouped(
 ) -> Form | None:
     """A group's inputs and outputs stay or go together; in a depthwise convolution a group is a channel."""
     read, own = x.group(channel), weight.group(0)
-    if read is None or own is None or weight.weight is None:
+    if read is None or own is None or not walk.is_whole(weight, 0):
         return None
     inputs, outputs = read.atoms.reshape(groups, -1), own.atoms.reshape(groups, -1)
     walk.merge(inputs, inputs[:, :1])
@@ -98,7 +110,7 @@ def _grouped(
     (made,) = _outputs(walk, weight, 0, channel, bias)
     computed = bias is not None and bias.parameter is None
     if inputs.shape[1] == 1 and not computed:  # a constant stays one where no padding's zeros come in between
-        name = weight.weight[0]
+        name = weight.weight[0]  # type: ignore[index]
         total = walk.weights.tensors[name].double().flatten(1).sum(1).cpu().numpy()
         offset = walk.weights.bias_of(name, bias.parameter if bias is not None else None)
         times = outputs.shape[1]
@@ -214,7 +226,11 @@ def _added(walk: Walk, node: Node, form: Form, value: Value) -> Form:
     return replace(form, groups=tuple(group.unknown() for group in groups), sums_to_one=False)
 
 
+GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+"""Products of each row with the weight of its expert."""
+
 SUMS: dict[str, Rule] = {
+    **dict.fromkeys(GROUPED, grouped),
     "addmm": addmm,
     "baddbmm": baddbmm,
     "bmm": matmul,

@@ -1,4 +1,4 @@
-"""Rules for operations that only move elements: views, permutations, parts, joins."""
+"""Rules for operations that only move elements: views, permutations, parts, repetitions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from tritprune.slimming.forms import Form, Group, permuted, reshaped
-from tritprune.slimming.nodes import Node, Value
+from tritprune.slimming.nodes import Node
 from tritprune.slimming.walk import Rule, Walk, describe
 
 WHOLE = 1 << 62
@@ -65,7 +65,7 @@ def expand(walk: Walk, node: Node) -> Form:
 def take(form: Form, dim: int, index: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> Form:
     """The entries ``index`` of dimension ``dim``."""
     groups = tuple(g.taken(dim, index).simplified() if dim in g.dims else g for g in form.groups)
-    return Form(shape, groups, form.free, form.sums_to_one and dim != form.rank - 1)
+    return Form(shape, groups, form.free, form.sums_to_one and dim != form.rank - 1, form.weight)
 
 
 def dropped(form: Form, dim: int, shape: tuple[int, ...]) -> Form:
@@ -133,67 +133,6 @@ def unbind(walk: Walk, node: Node) -> list[Form] | None:
     return [dropped(take(form, dim, [k], form.shape), dim, tuple(v.shape or ())) for k, v in enumerate(node.outputs)]
 
 
-def concatenate(walk: Walk, node: Node) -> Form | None:
-    """Tensors behind one another along a dimension, or along a new one (stack)."""
-    parts = [walk.form(value) for value in node.inputs[0].items]
-    if not parts:
-        return None
-    shape = tuple(node.output.shape or ())
-    dim = node.argument(1, 0) % len(shape)
-    if node.kind == "stack":
-        parts = [p.moved((*p.shape[:dim], 1, *p.shape[dim:]), lambda d: d + (d >= dim)) for p in parts]
-    along = [part.group(dim) for part in parts]
-    others = [(part, part.without(*([own] if own else []))) for part, own in zip(parts, along, strict=True)]
-    groups = _common(walk, node, others)
-    if groups is None:
-        return None
-    if any(own is not None for own in along):
-        joined = _joined(walk, node, parts, along, dim)
-        if joined is None:
-            return None
-        groups.append(joined)
-    free = frozenset.intersection(*(part.free for part in parts)) - {dim}
-    return Form(shape, tuple(groups), free)
-
-
-def _common(walk: Walk, node: Node, parts: list[tuple[Form, tuple[Group, ...]]]) -> list[Group] | None:
-    """The groups that all parts share: what goes from one goes from all."""
-    made = list(parts[0][1])
-    for _, groups in parts[1:]:
-        if {frozenset(g.dims) for g in groups} != {frozenset(g.dims) for g in made}:
-            return None
-        for k, group in enumerate(made):
-            other = next(g for g in groups if set(g.dims) == set(group.dims)).ordered(group.dims)
-            walk.merge(group.atoms, other.atoms)
-            same = group.known & other.known & (group.constant == other.constant)
-            made[k] = group.with_constants(same, group.constant)
-    return made
-
-
-def _joined(walk: Walk, node: Node, parts: list[Form], along: list[Group | None], dim: int) -> Group | None:
-    first = next(own for own in along if own is not None)
-    groups: list[Group] = []
-    for part, own in zip(parts, along, strict=True):
-        if own is None:  # its own entries have no atoms; they cannot go, and the others around them can
-            if len(first.dims) > 1:
-                return None
-            groups.append(Group.of((dim,), walk.weights.new_atoms(part.shape[dim])))
-            walk.pin(groups[-1], "they do not come from a parameter")
-        elif set(own.dims) != set(first.dims):
-            return None
-        else:
-            groups.append(own.ordered(first.dims))
-    axis = first.axis(dim)
-    if len(first.dims) > 1:
-        rest = [g.atoms.take(0, axis) for g in groups]
-        for other in rest[1:]:
-            walk.merge(rest[0], other)
-    arrays = [np.concatenate([getattr(g, name) for g in groups], axis) for name in ("atoms", "known", "constant")]
-    joined = Group(first.dims, *arrays)
-    walk.split += [joined] if len(joined.dims) > 1 else []
-    return joined
-
-
 def repeat(walk: Walk, node: Node) -> Form | None:
     """``repeat_interleave`` by a number, ``repeat`` by numbers."""
     form, shape = walk.form(node.inputs[0]), tuple(node.output.shape or ())
@@ -213,27 +152,6 @@ def repeat(walk: Walk, node: Node) -> Form | None:
     return take(form, dim % form.rank, np.repeat(np.arange(form.shape[dim]), count), shape)
 
 
-def index(walk: Walk, node: Node) -> Form | None:
-    """Entries looked up by number in one dimension: numbers that are fixed in the code, or the first dimension's."""
-    form, shape = walk.form(node.inputs[0]), tuple(node.output.shape or ())
-    given = node.inputs[1]
-    positions = list(given.items) or [Value("", constant=c, is_constant=True) for c in given.constant or []]
-    looked_up = [(dim, v) for dim, v in enumerate(positions) if not (v.is_constant and v.constant is None)]
-    if len(looked_up) != 1:
-        return None
-    ((dim, where),) = looked_up
-    if where.is_constant and where.constant.dim() == 1 and not where.constant.dtype.is_floating_point:
-        return take(form, dim, np.arange(form.shape[dim])[where.constant.cpu().numpy()], shape)
-    own = form.group(dim)
-    if dim or (own is not None and len(own.dims) > 1):
-        return None
-    if own is not None:
-        walk.pin(own, f"{describe(node)} looks them up by number")
-    shift = len(shape) - form.rank
-    rest = Form(form.shape, form.without(*([own] if own else [])))
-    return rest.moved(shape, lambda d: d + shift)
-
-
 def rolled(walk: Walk, node: Node) -> Form | None:
     """Entries in another order along some dimensions."""
     form = walk.form(node.inputs[0])
@@ -243,32 +161,15 @@ def rolled(walk: Walk, node: Node) -> Form | None:
     return replace(form, weight=None, sums_to_one=False)
 
 
-def embedding(walk: Walk, node: Node) -> Form:
-    """Rows of a table, looked up by number."""
-    table = walk.form(node.inputs[0])
-    shape = tuple(node.output.shape or ())
-    groups: list[Group] = []
-    for group in table.groups:
-        if group.dims == (0,):
-            walk.pin(group, f"{describe(node)} looks them up by number")
-        elif table.weight is not None:
-            zero = walk.weights.zeros(table.weight[0], table.weight[1][1])
-            groups.append(group.at((len(shape) - 1,)).with_constants(zero, np.zeros(zero.shape)))
-    return Form(shape, tuple(groups))
-
-
 VIEWS: dict[str, Rule] = {
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view"), reshape),
     **dict.fromkeys(("transpose", "t", "swapaxes", "numpy_T", "swapdims"), transpose),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"), pieces),
-    **dict.fromkeys(("cat", "stack", "concat", "concatenate"), concatenate),
     **dict.fromkeys(("slice", "narrow"), slices),
     **dict.fromkeys(("repeat", "repeat_interleave"), repeat),
     **dict.fromkeys(("roll", "flip"), rolled),
     "_reshape_alias": reshape,
-    "embedding": embedding,
-    "index": index,
     "movedim": movedim,
     "permute": permute,
     "select": select,

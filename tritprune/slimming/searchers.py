@@ -12,6 +12,8 @@ from tritprune.slimming.attention import common_parent, find_attention
 from tritprune.slimming.elementwise import ELEMENTWISE
 from tritprune.slimming.feed_forward import FeedForward, find_feed_forward
 from tritprune.slimming.graph import Graph, Node, trace
+from tritprune.slimming.made_inputs import first_layer, inputs_for, make_inputs
+from tritprune.slimming.model_inputs import ModelInputs
 from tritprune.slimming.recipes import RECIPES
 
 log = logging.getLogger(__name__)
@@ -96,9 +98,9 @@ class JitBasicSearcher:
     Args:
         model: the model; left as it is.
         dataloader: its first batch is the input: a tensor, a mapping (labels are taken out), or (inputs, labels).
-        placeholder_shape: shape of a made-up input where there is no dataloader; by default what the model's
-            configuration says, else [1, in_features of its first linear] or [1, 32] token numbers.
-        placeholder_dtype: dtype of a made-up input: whole numbers if the model starts with an embedding.
+        placeholder_shape: shape of one made-up input of ones where there is no dataloader; by default inputs are made
+            from the model's configuration and its forward's signature, see :func:`tritprune.slimming.make_inputs`.
+        placeholder_dtype: its dtype.
         example_inputs: the inputs themselves; goes before the other two.
         tracer: how to read the model: "jit" or "export".
 
@@ -123,27 +125,21 @@ class JitBasicSearcher:
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.target_layers = ["Linear"]
         if example_inputs is None:
-            batch = next(iter(dataloader), None) if dataloader is not None else None
+            made = placeholder_shape is not None or placeholder_dtype is not None
             example_inputs = (
-                _inputs_of(batch) if batch is not None else self._placeholder(placeholder_shape, placeholder_dtype)
+                self._placeholder(placeholder_shape, placeholder_dtype)
+                if made and dataloader is None
+                else inputs_for(model, dataloader)
             )
         self.static_graph: Graph = trace(model, example_inputs, tracer)
         self.flatten_static_graph: list[Node] = list(self.static_graph.nodes)
 
     def _placeholder(self, shape: Sequence[int] | None, dtype: torch.dtype | None) -> torch.Tensor:
-        config = getattr(self.model, "config", None)
-        first = next((m for m in self.model.modules() if next(m.parameters(recurse=False), None) is not None), None)
-        if getattr(self.model, "main_input_name", None) == "pixel_values":
-            size = getattr(config, "image_size", 224)
-            sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-            default, kind = (1, getattr(config, "num_channels", 3), *sides), torch.float32
-        elif isinstance(first, nn.Linear):
-            default, kind = (1, first.in_features), torch.float32
-        elif config is not None or isinstance(first, nn.Embedding):
-            default, kind = (1, 32), torch.int64
-        else:
-            default, kind = (1, 32), torch.float32
-        return torch.ones(tuple(shape or default), dtype=dtype or kind, device=self.device)
+        if shape is None:
+            shape = next(iter(ModelInputs.of(make_inputs(self.model)).tensors().values())).shape
+        if dtype is None:
+            dtype = torch.int64 if isinstance(first_layer(self.model), nn.Embedding) else torch.float32
+        return torch.ones(tuple(shape), dtype=dtype, device=self.device)
 
 
 class Linear2LinearSearcher(JitBasicSearcher):
@@ -240,10 +236,3 @@ class ClassifierHeadSearcher:
         if not leaves or type(leaves[-1][1]).__name__ not in self.pruning_ops:
             return None
         return leaves[-1][0] if return_name else leaves[-1][1]
-
-
-def _inputs_of(batch: Any) -> Any:
-    """The model's inputs in a batch: a mapping without its labels, or the first of (inputs, labels)."""
-    if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name not in ("label", "labels")}
-    return batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tritprune.errors import CertificateError, ConfigError
-from tritprune.slimming.account import SIZES, Selections, changed_widths, copied
+from tritprune.slimming.account import SIZES, Selections, changed_widths, copied, named_tensors
 from tritprune.slimming.attention import common_parent
 from tritprune.slimming.certificate import Certificate, certify
 from tritprune.slimming.check_inputs import derive_inputs
@@ -16,13 +16,14 @@ from tritprune.slimming.graph import trace
 from tritprune.slimming.leftovers import Refusal, explain_leftovers, idle_readers
 from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
 from tritprune.slimming.nodes import Graph
-from tritprune.slimming.places import Cut, Place, cuts_of, find_places, found_of, recount
+from tritprune.slimming.places import Cut, Place, cuts_of, find_places, found_of, is_empty, recount
+from tritprune.slimming.removal import Removal, removal_of, remove
 from tritprune.slimming.surgery import cut, selections_of
 from tritprune.slimming.units import Units
 
 __all__ = ["Cut", "SlimResult", "slim", "slim_model", "survey"]
 
-STYLES = ("known", "counts", "all")
+STYLES = ("known", "counts", "all", "config")
 """Which attributes of an attention count its heads: what is tried, in this order."""
 
 
@@ -138,25 +139,42 @@ class _Attempt:
 
 @dataclass
 class _Slimmer:
-    """Cuts all that is dead in one go; where the model's code does not follow, finds out which place is to blame."""
+    """Cuts all that is dead in one go; where the model's code does not follow, finds out which place is to blame.
+
+    Attributes:
+        forbidden: family -> why it stays as it is.
+        one_stays: family -> why it keeps a unit where all are dead.
+    """
 
     model: nn.Module
     inputs: ModelInputs
     graph: Graph
     round_to: int
     forbidden: dict[int, str] = field(default_factory=dict)
+    one_stays: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with evaluating(self.model):
             self._reference = tensors_of(self.inputs.call(self.model))
         units = Units(self.model, self.graph, 1, {})
-        heads = {place.family for place in find_places(units) if place.attentions}
+        places = find_places(units)
+        heads = {place.family for place in places if place.attentions}
         self.forbidden |= {f: reason for f, reason in idle_readers(units).items() if f not in heads}
+        self.one_stays |= {place.family: reason for place in places if (reason := self._needs_one(place))}
+        self._known: dict[str, Removal | str] = {}
+
+    def _needs_one(self, place: Place) -> str | None:
+        """Why a width cannot be 0 in PyTorch."""
+        layers = [self.model.get_submodule(name.rpartition(".")[0]) for name, _ in place.dims]
+        for kind, word in ((nn.modules.conv._ConvNd, "convolution"), (nn.modules.batchnorm._NormBase, "batch norm")):
+            if any(isinstance(layer, kind) for layer in layers):
+                return f"a {word} has at least one channel"
+        return None
 
     def attempt(self) -> _Attempt:
         """The first attempt whose model runs and gives the same outputs."""
         while True:
-            made = self._best({})
+            made = self._best({}, self.one_stays)
             if made.problem is None:
                 return made
             affected = self._affected(made)
@@ -165,7 +183,28 @@ class _Slimmer:
                     f"{type(self.model).__name__} gives other outputs each time it runs, or a copy of it does not run, "
                     f"so that nothing can be proved: {made.problem}"
                 )
-            self.forbidden |= self._blamed(made) or {place.family: made.problem for place in affected}
+            emptied = [place for place in affected if made.units.emptied(place.family)]
+            if emptied:
+                whole = self._best({}, self.one_stays | {place.family: "not tried" for place in emptied})
+                if whole.problem is None:
+                    self.one_stays |= self._not_empty(made, emptied)
+                    continue
+                made, affected = whole, self._affected(whole)
+            self.forbidden |= self._blamed(made) or {place.family: str(made.problem) for place in affected}
+
+    def _not_empty(self, failed: _Attempt, emptied: list[Place]) -> dict[int, str]:
+        """The places that fail when they lose all of their units; those whose attention is of one class together."""
+        alike: dict[Any, list[Place]] = {}
+        for place in emptied:
+            kinds = tuple(type(self.model.get_submodule(attention.where)) for attention in place.attentions)
+            alike.setdefault(kinds or place.kind, []).append(place)
+        blamed: dict[int, str] = {}
+        for group in alike.values() if len(alike) > 1 else ():
+            others = {place.family: "not tried" for place in emptied if place not in group}
+            alone = self._best({}, self.one_stays | others)
+            if alone.problem is not None:
+                blamed |= dict.fromkeys((place.family for place in group), alone.problem)
+        return blamed or {place.family: str(failed.problem) for place in emptied}
 
     def _blamed(self, failed: _Attempt) -> dict[int, str]:
         """The places that fail when they alone are cut."""
@@ -173,7 +212,7 @@ class _Slimmer:
         blamed: dict[int, str] = {}
         for place in places:
             others = {other.family: "not tried" for other in failed.places if other is not place}
-            alone = self._best(others)
+            alone = self._best(others, failed.units.one_stays)
             if alone.problem is not None:
                 blamed[place.family] = alone.problem
         return blamed
@@ -182,19 +221,46 @@ class _Slimmer:
         units = attempt.units
         return [place for place in attempt.places if units.weights.gone[units.members(place.family)].any()]
 
-    def _best(self, others: dict[int, str]) -> _Attempt:
+    def _best(self, others: dict[int, str], one_stays: dict[int, str]) -> _Attempt:
         """An attempt, with the attributes that make the model run."""
-        units = Units(self.model, self.graph, self.round_to, {**others, **self.forbidden})
-        places = find_places(units)
-        units.take_away_all()
+        while True:
+            units = Units(self.model, self.graph, self.round_to, {**others, **self.forbidden}, one_stays)
+            places = find_places(units)
+            units.take_away_all()
+            removals, held = self._removals(units, places)
+            if not held:
+                break
+            self.one_stays |= held
+            one_stays = one_stays | held
         selections = selections_of(units.weights)
-        attempts = (self._cut(units, places, selections, style) for style in STYLES)
+        attempts = (self._cut(units, places, selections, removals, style) for style in STYLES)
         first = next(attempts)
         if first.problem is None or not any(place.attentions for place in self._affected(first)):
             return first
         found = next((attempt for attempt in attempts if attempt.problem is None), first)
         self._put_back(found)
         return found
+
+    def _removals(self, units: Units, places: list[Place]) -> tuple[list[Removal], dict[int, str]]:
+        """The attentions without a living head, which go as a whole; by family, why others cannot.
+
+        None stays with no head: a cache of no heads counts no tokens, and fused attention is not made for them.
+        """
+        removals: dict[str, Removal] = {}
+        held: dict[int, str] = {}
+        for place in places:
+            for attention in place.attentions:
+                if not is_empty(units, attention):
+                    continue
+                where = attention.where
+                if where not in self._known:
+                    self._known[where] = removal_of(self.model, self.inputs, self.graph, attention)
+                known = self._known[where]
+                if isinstance(known, Removal):
+                    removals[where] = known
+                else:
+                    held[place.family] = known
+        return list(removals.values()), held
 
     def _put_back(self, made: _Attempt) -> None:
         """Undo those changed counts that the model runs without: a number may be equal by chance."""
@@ -212,12 +278,17 @@ class _Slimmer:
                     if self._trial(made.slim) is not None:
                         setattr(module, key, value)
 
-    def _cut(self, units: Units, places: list[Place], selections: Selections, style: str) -> _Attempt:
+    def _cut(
+        self, units: Units, places: list[Place], selections: Selections, removals: list[Removal], style: str
+    ) -> _Attempt:
         slim = copied(self.model).eval()
         slim.zero_grad(set_to_none=True)
         cut(slim, units.weights, selections)
         recount(slim, units, places, style)
-        return _Attempt(slim, units, places, selections, self._trial(slim))
+        for removal in removals:
+            remove(slim, removal)
+        left = named_tensors(slim)
+        return _Attempt(slim, units, places, {n: s for n, s in selections.items() if n in left}, self._trial(slim))
 
     def _trial(self, slim: nn.Module) -> str | None:
         try:
@@ -225,6 +296,9 @@ class _Slimmer:
                 made = tensors_of(self.inputs.call(slim))
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError) as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "multiple of 16 bytes" in said:  # products of stacked experts
+                size = max(p.element_size() for p in self.model.parameters())
+                said = f"{said}: round_to={max(16 // size, 1)} keeps to that"
             return f"the model does not run without them ({said})"
         difference = largest_difference(self._reference, made)
         return None if difference.within else f"without them the model's outputs differ by {difference.largest:.1e}"

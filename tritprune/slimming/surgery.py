@@ -1,5 +1,6 @@
 """Cutting what was taken away on paper out of a real model: tensors, the sizes of layers, the counts of attentions."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritprune.slimming.account import Selections, selected
+from tritprune.slimming.multihead import SlimMultiheadAttention, adapt
 from tritprune.slimming.weights import Weights
 
 HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "num_q_heads")
@@ -56,6 +58,7 @@ def cut(model: nn.Module, weights: Weights, selections: Selections) -> None:
                     data = new[name] = nn.Parameter(data.to(like.dtype), requires_grad=like.requires_grad)
                 table[key] = data  # type: ignore[assignment]
         resize(module)
+    settle(model)
 
 
 def _all_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -91,6 +94,15 @@ def resize(module: nn.Module) -> None:
         module.nx, module.nf = weight.shape  # type: ignore[assignment]
 
 
+def settle(model: nn.Module) -> None:
+    """After tensors were given other shapes: let each layer compute with those that it has now."""
+    for module in model.modules():
+        adapt(module)
+        if isinstance(module, nn.RNNBase) and module._parameters.get("weight_ih_l0") is not None:
+            module.input_size = module._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
+            module._init_flat_weights()
+
+
 def _convolution(module: Any, weight: Tensor) -> dict[str, int]:
     if module.transposed:
         return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
@@ -108,6 +120,15 @@ SIZES_BY_KIND: dict[type[nn.Module], Callable[[Any, Tensor], dict[str, int]]] = 
 """How each kind of layer names its sizes."""
 
 
+def own_config(module: nn.Module) -> Any:
+    """A copy of the configuration that ``module`` shares with others, now its own; None if it has none."""
+    config = vars(module).get("config")
+    if config is None or isinstance(config, nn.Module) or not hasattr(config, "__dict__"):
+        return None
+    module.config = copy.copy(config)
+    return module.config
+
+
 def set_counts(modules: Iterable[nn.Module], changes: Mapping[str, tuple[int, int]], size: int, style: str) -> None:
     """Set the attributes of an attention's modules that count its heads.
 
@@ -116,7 +137,8 @@ def set_counts(modules: Iterable[nn.Module], changes: Mapping[str, tuple[int, in
         changes: "heads" and "keys": number of heads, of key and value heads, before and after.
         size: size of a head.
         style: "known": the attributes of the lists above; "counts": of these the counts alone; "all": every whole
-            number that equals a count or a width, but for those that number a layer.
+            number that equals a count or a width, but for those that number a layer; "config": as "known", and the
+            counts in the module's configuration, of which it then has a copy of its own.
     """
     (heads, heads_left), (keys, keys_left) = changes["heads"], changes["keys"]
     named = [(KEY_COUNTS, keys, keys_left), (HEAD_COUNTS, heads, heads_left)]
@@ -125,8 +147,15 @@ def set_counts(modules: Iterable[nn.Module], changes: Mapping[str, tuple[int, in
     if keys and heads // keys > 1 and keys_left:
         named.append((("num_key_value_groups",), heads // keys, heads_left // keys_left))
     for module in modules:
+        config = own_config(module) if style == "config" else None
+        for names, before, after in named[:2] if config is not None else ():
+            for name in names:
+                if type(vars(config).get(name)) is int and vars(config)[name] == before:
+                    setattr(config, name, after)
         done: set[str] = set()
         for names, before, after in named:
+            if names is HEAD_WIDTHS and isinstance(module, SlimMultiheadAttention):
+                continue  # its width is that of the stream
             chosen = (
                 names if style != "all" else [name for name in vars(module) if "layer" not in name and "id" not in name]
             )

@@ -14,17 +14,21 @@ from torch import nn
 
 from tritprune.slimming.forms import Array, components, distinct
 from tritprune.slimming.nodes import Graph
+from tritprune.slimming.rules_einsum import EINSUM
 from tritprune.slimming.rules_elementwise import POINTWISE
+from tritprune.slimming.rules_joins import JOINS
+from tritprune.slimming.rules_lookups import LOOKUPS
 from tritprune.slimming.rules_norms import NORMS
+from tritprune.slimming.rules_recurrent import RECURRENT
 from tritprune.slimming.rules_sums import SUMS
 from tritprune.slimming.rules_views import VIEWS
 from tritprune.slimming.walk import Reader, Walk, describe
 from tritprune.slimming.weights import Weights
 
-RULES = {**POINTWISE, **VIEWS, **SUMS, **NORMS}
+RULES = {**POINTWISE, **VIEWS, **JOINS, **LOOKUPS, **SUMS, **NORMS, **EINSUM, **RECURRENT}
 """The rule of each operation."""
 
-PASSING = frozenset((*POINTWISE, *VIEWS, *NORMS))
+PASSING = frozenset((*POINTWISE, *VIEWS, *JOINS, *LOOKUPS, *NORMS))
 """The operations that make no new width."""
 
 
@@ -38,12 +42,14 @@ class Units:
         pinned: unit -> why it must stay.
         kept: unit -> why it stays although it is dead.
         forbidden: families that must stay as they are, with the reason.
+        one_stays: families that keep a unit where all are dead, with the reason.
     """
 
     model: nn.Module
     graph: Graph
     round_to: int = 1
     forbidden: dict[int, str] = field(default_factory=dict)
+    one_stays: dict[int, str] = field(default_factory=dict)
     kept: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +89,10 @@ class Units:
                 why.setdefault(unit, reason)
         dead = (read & ~alive)[self.unit]
         return dead, why
+
+    def emptied(self, family: int) -> bool:
+        """Whether all units of a family were taken away."""
+        return bool(self.weights.gone[self.members(family)].all())
 
     def members(self, family: int) -> list[int]:
         """The units of a family."""
@@ -136,7 +146,7 @@ class Units:
         return {node.index for node in self.graph.readers_of_parameter(bias)} <= own
 
     def _to_go(self, walk: Walk) -> Array:
-        """The units to take away now, one kept in each dimension that would lose its last."""
+        """The units to take away now, one kept in each dimension that would lose its last and must not."""
         size = len(self.weights.gone)
         dead, _ = self.dead(walk)
         stay = self._those((*self.pinned, *self.kept))[self.unit] | self._those(tuple(self.forbidden))[self.family]
@@ -149,9 +159,11 @@ class Units:
                 left = ~self.weights.gone[atoms]
                 if left.any() and not (left & ~going[atoms]).any():
                     last = int(self.unit[atoms[left]].min())
-                    self.kept[last] = "all units are dead; one stays, so that the layer keeps a width"
-                    going &= self.unit[:size] != last
-                    changed = True
+                    reason = self.one_stays.get(int(self.family[last]))
+                    if reason is not None:
+                        self.kept[last] = f"all units are dead; one stays: {reason}"
+                        going &= self.unit[:size] != last
+                        changed = True
             if not changed and not (self.round_to > 1 and self._round(going)):
                 return distinct(self.unit[:size][going])
 

@@ -103,6 +103,25 @@ class Walk:
             return self.forms[value.name]
         return Form(tuple(value.shape or ()))
 
+    def behind(self, value: Value) -> list[Node]:
+        """The operations that ``value`` comes from, nearest first, back to inputs, parameters and new widths."""
+        found: dict[int, Node] = {}
+        waiting = [value]
+        while waiting:
+            node = self.graph.producer(waiting.pop(0))
+            if node is not None and node.index not in found:
+                found[node.index] = node
+                waiting += node.operands()
+        return list(found.values())
+
+    def is_whole(self, weight: Form, dim: int) -> bool:
+        """Whether dimension ``dim`` of a tensor is that of a parameter, with all its entries in order."""
+        own = weight.group(dim)
+        if weight.weight is None or own is None:
+            return False
+        name, dims = weight.weight
+        return np.array_equal(own.atoms, self.weights.atoms(name, dims[dim]))
+
     def merge(self, one: Array, two: Array) -> None:
         """The atoms at the same index stay or go together."""
         self.edges.append((one, np.broadcast_to(two, one.shape)))
@@ -149,7 +168,7 @@ class Walk:
     ) -> None:
         """``node`` sums over dimension ``dim`` of ``form``, weighted by dimension ``weight_dim`` of ``weight``."""
         group, own = form.group(dim), weight.group(weight_dim)
-        if own is None or weight.weight is None:
+        if own is None or weight.weight is None or not self.is_whole(weight, weight_dim):
             if group is not None:
                 self.lock_or_pin(group, [dim], f"they feed {describe(node)}, whose weight is computed while it runs")
             if own is not None:

@@ -4,8 +4,9 @@ The run folder::
 
     run.json             fingerprint of the config, stage, status: enough to find and resume the run
     checkpoint.pt        weights, optimizer, pruner and position in the stage (gone when the run has finished)
+    before_slim.pt       the same at the end of pruning, where training goes on after slimming (gone likewise)
     curves.jsonl         every measured value by step
-    dense/ pruned/ slim/ models, each loads with tritprune.load
+    pruned/ slim/ tuned/ models, each loads with tritprune.load
     result.json ...      the outcome and its report
 """
 
@@ -23,7 +24,9 @@ from torch import nn
 
 from tritprune.errors import CheckpointError, RunFolderError
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, BEFORE_SLIM = "checkpoint.pt", "before_slim.pt"
+PRUNED, SLIM, PRUNING, CONTROL, SLIMMING = "pruned", "slim", "pruning.json", "control.json", "slimming.json"
+MASKS, CERTIFICATE, RESULT, EXPORTS = "masks.safetensors", "certificate.json", "result.json", "exports.json"
 STATE = "run.json"
 
 
@@ -64,14 +67,15 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def check_room_for(self, model: nn.Module) -> None:
+    def check_room_for(self, model: nn.Module, *, trains_after_slim: bool = False) -> None:
         """Refuse a disk on which the run could not end.
 
         Raises:
             RunFolderError: less is free than a run of this model writes; the message has both numbers.
         """
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        needed = 12 * weights  # two checkpoints of weights, two optimizer states and scores; three models
+        # Two checkpoints of weights, two optimizer states and scores, three models; one more of each for training on.
+        needed = (17 if trains_after_slim else 12) * weights
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise RunFolderError(
@@ -113,17 +117,32 @@ class RunFolder:
                 "the previous checkpoint is whole: make room, then run the same command with resume=auto"
             ) from error
 
-    def load_checkpoint(self, device: str) -> dict[str, Any] | None:
+    def keep_checkpoint(self) -> None:
+        """Keep a copy of the checkpoint, from which training goes on after slimming.
+
+        Raises:
+            RunFolderError: the disk is full or the folder went away.
+        """
+        temporary = self / (BEFORE_SLIM + ".tmp")
+        try:
+            shutil.copyfile(self / CHECKPOINT, temporary)
+            temporary.replace(self / BEFORE_SLIM)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunFolderError(f"{self / BEFORE_SLIM} cannot be written: {error.strerror or error}") from error
+
+    def load_checkpoint(self, device: str, name: str = CHECKPOINT) -> dict[str, Any] | None:
         """The checkpoint, or None where there is none.
 
         Raises:
             CheckpointError: it is there but damaged.
         """
-        path = self / CHECKPOINT
+        path = self / name
         if not path.exists():
             return None
+        place = "cpu" if device.startswith("cpu:") else device  # as several processes call it; torch.load does not
         try:
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=place, weights_only=True)
         except Exception as error:  # torch raises a different type for each way in which a file can be damaged
             size = path.stat().st_size
             raise CheckpointError(
@@ -132,8 +151,13 @@ class RunFolder:
             ) from error
 
     def drop_checkpoint(self) -> None:
-        """Remove the checkpoint of a finished run: the saved models hold all that is worth keeping."""
+        """Remove the checkpoint of a finished stage: the saved models hold all that is worth keeping."""
         (self / CHECKPOINT).unlink(missing_ok=True)
+
+    def drop_checkpoints(self) -> None:
+        """Remove what a finished run has no more use for."""
+        self.drop_checkpoint()
+        (self / BEFORE_SLIM).unlink(missing_ok=True)
 
 
 def find_resumable(parent: Path, wanted: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""The road of a run: dense -> prune -> recover -> slim -> export -> report.
+"""The road of a run: dense -> prune -> recover -> slim -> (tune) -> export -> report.
 
 Each stage leaves an artifact in the run folder; a resumed run takes up the artifacts that are there and goes on at the
 first stage that is missing one. What a stage does is in the method of its name, in the order in which they run.
@@ -16,18 +16,27 @@ from torch import nn
 
 from tritprune.errors import CertificateError, ConfigError, InterruptedRunError, TritpruneError
 from tritprune.export import EXPORTERS, FILES, Artifact, even_widths, load_model, loads_with, save_model
-from tritprune.pruners import Pruner, SparsityReport, sparsity_of
+from tritprune.pruners import MaskSet, Pruner, SparsityReport, sparsity_of
 from tritprune.report import heatmap_png, write_report
 from tritprune.slimming import SlimResult, certify, check_saved, slim_model
 from tritprune.slimming.latency import measure_together
 from tritprune.tasks import Task
 from tritprune.training import provenance
-from tritprune.training.checkpoint import write_json
+from tritprune.training.after_slim import PHASE, SLIM_MASKS, TUNED, TUNING, hand_over, save_tuned
+from tritprune.training.checkpoint import (
+    CERTIFICATE,
+    CONTROL,
+    EXPORTS,
+    MASKS,
+    PRUNED,
+    PRUNING,
+    RESULT,
+    SLIM,
+    SLIMMING,
+    write_json,
+)
 from tritprune.training.dense_cache import DenseCache
-from tritprune.training.loop import Loop, Run, agree
-
-PRUNED, SLIM, PRUNING, CONTROL, SLIMMING = "pruned", "slim", "pruning.json", "control.json", "slimming.json"
-MASKS, RESULT, EXPORTS = "masks.safetensors", "result.json", "exports.json"
+from tritprune.training.loop import Loop, Run, agree, trained_in
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Plan:
         control: ``random`` repeats pruning and recovery with random masks at the same budget.
         tracer: how the slimmer reads the model; None leaves out the slimming.
         init_from: folder of a saved model that takes the place of the fine-tuned dense one.
-        exports: further files to make of the slim model: ``onnx``, ``torch_export``.
+        save_as: further files to make of the slim model: ``onnx``, ``torch_export``.
         round_to: widths that are cut stay multiples of this number.
         uniform: pad the slim model's layers to the same widths, so that ``from_pretrained`` loads it.
     """
@@ -54,7 +63,7 @@ class Plan:
     init_from: Path | None = None
     round_to: int = 1
     uniform: bool = False
-    exports: tuple[str, ...] = ()
+    save_as: tuple[str, ...] = ()
 
 
 def starting_model(task: Task, seed: int, init_from: Path | None) -> nn.Module:
@@ -93,6 +102,11 @@ class Driver:
         self._cached = False
         self._result: dict[str, Any] = {}
 
+    @property
+    def _after_slim(self) -> int:
+        """Optimizer steps after slimming."""
+        return self.run.settings.steps_after_slim(self.run.task.n_train) if self.plan.tracer else 0
+
     def execute(self) -> dict[str, Any]:
         """Run every stage; the content of ``result.json``.
 
@@ -104,11 +118,15 @@ class Driver:
         pruned = self._timed("prune", self.prune, dense)
         if self.plan.control:
             self._timed("control", self.control, dense)
+        models = {"dense": dense, PRUNED: pruned}
+        if self.plan.tracer:
+            models[SLIM] = self._timed("slim", self.slim, pruned)
+            if self._after_slim:
+                models[TUNED] = self._timed("tune", self.tune, dense)
         if self.run.is_main:
-            slim = self._timed("slim", self.slim, pruned) if self.plan.tracer else None
-            if slim is not None:
-                slim = self._timed("export", self.export)
-            self._timed("report", self.report, dense, dense_metrics, pruned, slim)
+            if self.plan.save_as:
+                self._timed("export", self.export, *list(models.items())[-1])
+            self._timed("report", self.report, models, dense_metrics)
         self.run.accelerator.wait_for_everyone()
         return self._result
 
@@ -147,13 +165,15 @@ class Driver:
             metrics = run.task.evaluate(model, device=run.device)
             pruner.masks.save(run.folder / MASKS)
             save_model(model, run.folder / PRUNED, builder=run.task.builder(), extra={"metrics": metrics})
+            if self._after_slim:
+                run.folder.keep_checkpoint()
             write_json(run.folder / PRUNING, _pruning_record(pruner, metrics))
             run.folder.drop_checkpoint()
         run.accelerator.wait_for_everyone()
         return model.eval()
 
     def control(self, dense: nn.Module) -> None:
-        """The same budget, schedule and training with random masks: what the criterion is worth."""
+        """The same budget, schedule and number of steps with random masks: what the criterion is worth."""
         run = self.run
         if agree((run.folder / CONTROL).exists()):
             return
@@ -169,8 +189,11 @@ class Driver:
         model = run.task.build_model(run.seed)
         model.load_state_dict(dense.state_dict())
         pruner = self.plan.make_pruner(model.to(run.device), **({"criterion": criterion} if criterion else {}))
-        offset = run.settings.dense.steps + (run.settings.prune.steps if name == "control" else 0)
-        loop = Loop(run, model, run.settings.prune, name=name, offset=offset, pruner=pruner, teacher=dense)
+        phase, offset = run.settings.prune_and_after(run.task.n_train), run.settings.dense.steps
+        part = range(phase.steps - self._after_slim)
+        if name == "control":
+            part, offset = range(phase.steps), offset + phase.steps
+        loop = Loop(run, model, phase, name=name, offset=offset, pruner=pruner, teacher=dense, part=part)
         self._restore(loop)
         loop.fit()
         return model, pruner
@@ -180,14 +203,37 @@ class Driver:
         state = self.run.folder.load_checkpoint(str(self.run.device))
         if state is not None and state["phase"] == loop.name:
             loop.restore(state)
-            self.run.progress.say(f"{loop.stage:<8} resumed at step {loop.step} of {loop.phase.steps}")
+            if loop.step > loop.part.start:
+                self.run.progress.say(f"{loop.stage:<8} resumed at step {loop.step} of {loop.last}")
 
     def slim(self, pruned: nn.Module) -> nn.Module:
-        """Cut what is dead and prove that the outputs stay the same; leaves ``slim/`` and the certificate."""
+        """Cut what is dead and prove that the outputs stay the same; leaves ``slim/`` and the certificate.
+
+        What is handed on is the saved model, loaded afresh and held against the certificate: what is delivered was
+        proved.
+        """
+        run = self.run
+        if run.is_main and not self._is_cut():
+            self._cut(pruned.cpu().eval())
+        run.accelerator.wait_for_everyone()
+        model = load_model(run.folder / SLIM)
+        if not check_saved(model, run.folder.path):
+            raise CertificateError(
+                f"the model saved in {run.folder / SLIM} does not give the outputs of its certificate, "
+                f"{run.folder / CERTIFICATE}"
+            )
+        return model
+
+    def _is_cut(self) -> bool:
+        """Whether an interrupted run has cut already, and left what training goes on from."""
+        folder = self.run.folder
+        if not (folder / SLIMMING).exists() or not self._after_slim or (folder / TUNING).exists():
+            return (folder / SLIMMING).exists()
+        state = folder.load_checkpoint("cpu")
+        return state is not None and state["phase"] == PHASE
+
+    def _cut(self, model: nn.Module) -> None:
         run, task = self.run, self.run.task
-        if (run.folder / SLIMMING).exists():
-            return load_model(run.folder / SLIM)
-        model = pruned.cpu().eval()
         example = task.model_inputs(task.example_inputs(2))
         result = slim_model(model, example, tracer=self.plan.tracer or "jit", round_to=self.plan.round_to)
         evened: dict[str, Any] | None = None
@@ -196,45 +242,64 @@ class Driver:
         save_model(result.model, run.folder / SLIM, builder=task.builder(), widths=result.widths)
         result.certificate.save(run.folder.path, files=[MASKS, *(f"{name}/manifest.json" for name in (PRUNED, SLIM))])
         loads = loads_with(run.folder / SLIM)
+        if self._after_slim:
+            carried = hand_over(run.folder, model, result, run.settings.prune)
+            if carried.approximate:
+                named = ", ".join(carried.approximate[:3]) + ", ..." * (len(carried.approximate) > 3)
+                run.progress.note(
+                    f"{named} took up constants of cut units, which train on as a sum and not one by one as in the "
+                    "masked model"
+                )
         write_json(run.folder / SLIMMING, _slimming_record(result) | {"loads": loads, "uniform": evened})
-        return result.model
 
-    def export(self) -> nn.Module:
-        """Load the saved slim model afresh and hold it against the certificate: what is delivered was proved."""
-        model = load_model(self.run.folder / SLIM)
-        if not check_saved(model, self.run.folder.path):
-            raise CertificateError(
-                f"the model saved in {self.run.folder / SLIM} does not give the outputs of its certificate, "
-                f"{self.run.folder / 'certificate.json'}"
-            )
+    def tune(self, dense: nn.Module) -> nn.Module:
+        """Go on training in the slim model where pruning and recovery stopped in the masked one; leaves ``tuned/``."""
+        run = self.run
+        if agree((run.folder / TUNING).exists()):
+            return load_model(run.folder / TUNED)
+        state = run.folder.load_checkpoint(str(run.device))
+        assert state is not None  # slimming left one
+        model, phase = load_model(run.folder / SLIM).to(run.device), run.settings.prune_and_after(run.task.n_train)
+        loop = Loop(
+            run, model, phase, name=PHASE, offset=run.settings.dense.steps, teacher=dense,
+            part=range(phase.steps - self._after_slim, phase.steps), order="prune",
+            masks=MaskSet.load(run.folder / SLIM_MASKS), trained=trained_in(state),
+        )  # fmt: skip
+        self._restore(loop)
+        loop.fit()
+        if run.is_main:
+            metrics = run.task.evaluate(model, device=run.device)
+            save_tuned(run.folder, model, builder=run.task.builder(), metrics=metrics)
+            run.folder.drop_checkpoint()
+        run.accelerator.wait_for_everyone()
+        return model.eval()
+
+    def export(self, name: str, model: nn.Module) -> None:
+        """Write the final model as the further files that were asked for."""
         made: list[Artifact] = []
-        for kind in self.plan.exports:
-            with self.run.progress.status(f"writing {FILES[kind]}"):
-                path = self.run.folder / FILES[kind]
+        for kind in self.plan.save_as:
+            path = self.run.folder / FILES[kind].replace(SLIM, name)
+            with self.run.progress.status(f"writing {path.name}"):
                 inputs = self.run.task.model_inputs(self.run.task.example_inputs(2))
                 made.append(replace(EXPORTERS[kind](model, inputs, path), path=path.name))
-        if made:
-            write_json(self.run.folder / EXPORTS, {"files": [vars(artifact) for artifact in made]})
-        return model
+        write_json(self.run.folder / EXPORTS, {"files": [vars(artifact) for artifact in made]})
 
-    def report(
-        self, dense: nn.Module, dense_metrics: dict[str, float], pruned: nn.Module, slim: nn.Module | None
-    ) -> dict[str, Any]:
+    def report(self, models: dict[str, nn.Module], dense_metrics: dict[str, float]) -> dict[str, Any]:
         """Measure the models side by side and write ``result.json`` and ``report.html``."""
-        run, folder = self.run, self.run.folder
+        run, folder, started = self.run, self.run.folder, time.perf_counter()
         pruning = json.loads((folder / PRUNING).read_text(encoding="utf-8"))
         layers = [layer["name"] for layer in pruning["layers"]]
-        models = {"dense": dense, "pruned": pruned, **({"slim": slim} if slim is not None else {})}
         metrics = {"dense": dense_metrics, "pruned": pruning["metrics"]}
-        if slim is not None:
-            metrics["slim"] = run.task.evaluate(slim.to(run.device), device=run.device)
+        if SLIM in models:
+            metrics[SLIM] = run.task.evaluate(models[SLIM].to(run.device), device=run.device)
+        if TUNED in models:
+            metrics[TUNED] = json.loads((folder / TUNING).read_text(encoding="utf-8"))["metrics"]
         latency = self._latency(models)
         key = DenseCache(self.plan.cache)
         saved = {
             "dense": self.plan.init_from
             or key.path(key.key(run.task, run.settings, run.seed, run.accelerator.num_processes)),
-            "pruned": folder / PRUNED,
-            "slim": folder / SLIM,
+            **{name: folder / name for name in (PRUNED, SLIM, TUNED)},
         }
         rows = [
             {
@@ -251,16 +316,18 @@ class Driver:
             control = json.loads((folder / CONTROL).read_text(encoding="utf-8"))
             rows.append({"model": "random control", "metrics": control["metrics"], "sparsity": control["sparsity"]})
         slimming, exports = folder / SLIMMING, folder / EXPORTS
+        self._seconds["report"] = time.perf_counter() - started
         self._result = {
             **self.describe("finished"),
             "rows": rows,
             "layers": pruning["layers"],
             "excluded": pruning["excluded"],
             "slim": json.loads(slimming.read_text(encoding="utf-8")) if slimming.exists() else None,
+            "after_slim": self._after_slim,
             "exports": json.loads(exports.read_text(encoding="utf-8"))["files"] if exports.exists() else [],
         }
         self._publish()
-        folder.drop_checkpoint()
+        folder.drop_checkpoints()
         folder.write_state(status="finished", stage="report")
         return self._result
 
@@ -306,7 +373,8 @@ class Driver:
             return {k: v.to(run.device) for k, v in task.model_inputs(task.example_inputs(batch)).items()}
 
         batches = run.settings.latency_batches
-        with run.progress.bar("latency", 1):
+        sizes = " and ".join(map(str, batches))
+        with run.progress.status(f"timing {', '.join(models)} in turn, at batch {sizes}"):
             measured = measure_together(placed, inputs, batches=batches, repeats=run.settings.latency_repeats)
         return {
             name: {str(batch): vars(value) for batch, value in by_batch.items()} for name, by_batch in measured.items()
@@ -342,10 +410,12 @@ class Driver:
             "report": "report.html",
             "curves": "curves.jsonl",
             "masks": MASKS,
-            "certificate": "certificate.json",
+            "certificate": CERTIFICATE,
             "pruned": PRUNED,
             "slim": SLIM,
+            "tuned": TUNED,
             **FILES,
+            **{f"{kind}, tuned": file.replace(SLIM, TUNED) for kind, file in FILES.items()},
         }
         found = {name: path for name, path in names.items() if name == "report" or (self.run.folder / path).exists()}
         return found | ({"wandb": self.run.tracker.location} if self.run.tracker.location else {})

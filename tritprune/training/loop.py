@@ -4,8 +4,9 @@ Everything that a step depends on is a pure function of (seed, phase, step): whi
 numbers. So a resumed phase goes on bit for bit where the interrupted one stopped, with no generator state to carry.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritprune.errors import InterruptedRunError, MaskMismatchError
-from tritprune.pruners import PruneEvent, Pruner, RetrainFreePruner
+from tritprune.pruners import MaskSet, PruneEvent, Pruner, RetrainFreePruner
 from tritprune.tasks import Task
 from tritprune.tracking import Tracker
 from tritprune.training import curves
@@ -78,11 +79,15 @@ class Loop:
         run: what the stages share.
         model: trained in place.
         phase: steps, learning rate, optimizer.
-        name: ``dense``, ``prune`` or ``control``; in the curves, ``prune`` becomes ``recover`` after the last mask
-            update.
+        name: ``dense``, ``prune``, ``control`` or ``tune``; in the curves, ``prune`` becomes ``recover`` after the last
+            mask update.
         offset: optimizer steps of earlier phases; the curves' x axis counts on.
         pruner: attached for the length of the phase.
         teacher: the model to distill from.
+        part: the steps of the phase that are made here, with this model; None: all.
+        order: whose examples and random numbers are gone on with; by default the phase's own, by its name.
+        masks: held on the weights after every step, where there is no pruner.
+        trained: names of the parameters of each of the optimizer's groups; by default all that want a gradient.
     """
 
     def __init__(
@@ -95,12 +100,19 @@ class Loop:
         offset: int = 0,
         pruner: Pruner | None = None,
         teacher: nn.Module | None = None,
+        part: range | None = None,
+        order: str | None = None,
+        masks: MaskSet | None = None,
+        trained: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.run, self.phase, self.name, self.offset, self.pruner = run, phase, name, offset, pruner
-        self.step = 0
+        self.part = range(phase.steps) if part is None else part
+        self.step, self.last = self.part.start, self.part.stop
         self.metrics: dict[str, float] = {}
         self.plain_model = model
-        self._optimizer = _optimizer(model, phase)
+        self._masks = None if masks is None else _placed(masks, run.device)
+        self._order = order or name
+        self._optimizer = optimizer_of(model, phase, trained)
         self._lr_schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, phase.lr_factor)
         self._model, self._stepper = run.accelerator.prepare(model, self._optimizer)
         self._batches = BatchOrder(
@@ -109,7 +121,7 @@ class Loop:
             accumulate=run.settings.accumulate,
             rank=run.accelerator.process_index,
             world=run.accelerator.num_processes,
-            seed=step_seed(run.seed, name),
+            seed=step_seed(run.seed, self._order),
         )
         self._dense = teacher
         self._teacher = teacher.to(run.device).eval() if teacher is not None and self._distills else None
@@ -131,7 +143,7 @@ class Loop:
         return self.name
 
     def fit(self) -> dict[str, float]:
-        """Train to the end of the phase; the metrics of the last evaluation.
+        """Train to the end of the phase, or of this part of it; the metrics of the last evaluation.
 
         Raises:
             InterruptedRunError: a signal came; the state is saved.
@@ -141,24 +153,31 @@ class Loop:
         if self.pruner is not None:
             self.pruner.attach(self._optimizer)
             self._sparsity = self.pruner.sparsity().prunable.sparsity
+        held = self._optimizer.register_step_post_hook(lambda *_: self._hold_masks())
         try:
-            with self.run.progress.phase(self.name, self.phase.steps, self.step) as self._bar:
-                while self.step < self.phase.steps:
+            with self.run.progress.phase(self.name, self.last, self.step) as self._bar:
+                while self.step < self.last:
                     self._train_step()
-                    if self.step % self.run.settings.eval_every == 0 or self.step == self.phase.steps:
+                    if self.step % self.run.settings.eval_every == 0 or self.step == self.last:
                         self._evaluate()
                     self._checkpoint_if_due()
                     self._stop_if_asked()
         finally:
+            held.remove()
             if self.pruner is not None:
                 self.pruner.detach()
             self.run.accelerator.unwrap_model(self._model, keep_fp32_wrapper=False)
         return self.metrics
 
+    @torch.no_grad()
+    def _hold_masks(self) -> None:
+        if self._masks is not None:
+            self._masks.apply_(self.plain_model)
+
     def _train_step(self) -> None:
         run, accelerator = self.run, self.run.accelerator
         clock = StepClock(run.device)
-        torch.manual_seed(step_seed(run.seed, self.name, self.step, accelerator.process_index))
+        torch.manual_seed(step_seed(run.seed, self._order, self.step, accelerator.process_index))
         calibrating = self.pruner is not None and self.pruner.calibrating
         self._model.train(not calibrating)  # no dropout, no clipping and no teacher in what calibrates
         self._event = None
@@ -178,11 +197,13 @@ class Loop:
         if not accelerator.optimizer_step_was_skipped:
             self._lr_schedule.step()
         self.step += 1
-        if calibrating:
-            self._tune_if_chosen()
+        if self.pruner is not None:
+            self.pruner.settle()  # the loss is read here, too
         mean = accelerator.reduce(total, "mean")
         assert isinstance(mean, Tensor)
         self._log_step(mean.item(), float(lr), clock)
+        if calibrating:
+            self._tune_if_chosen()
 
     def _tune_if_chosen(self) -> None:
         """Once calibration has chosen the masks: its batches once more, all of them on every process."""
@@ -190,12 +211,20 @@ class Loop:
         if not isinstance(pruner, RetrainFreePruner) or pruner.calibrating or not pruner.tunes or dense is None:
             return
         batches = [self._batches.global_batch(step) for step in range(pruner.final_step)]
+        passes = itertools.count(1)
 
         def forward(model: nn.Module, indices: Tensor) -> None:
+            self._bar.busy(f"scaling what is left by least squares, forward pass {next(passes):,}")
             batch = {k: v.to(self.run.device) for k, v in task.collate("train", indices).items()}
             model(**task.model_inputs(batch))
 
-        pruner.tune(batches, forward, dense.to(self.run.device))
+        errors = pruner.tune(batches, forward, dense.to(self.run.device)).values()
+        if errors:
+            before, after = (sum(error[side] for error in errors) / len(errors) for side in (0, 1))
+            self.run.progress.say(
+                f"tuned    {len(errors)} layers by least squares: squared error of their outputs {before:.1%} before, "
+                f"{after:.1%} after"
+            )
 
     def _loss(self, indices: Tensor, *, distill: bool) -> Tensor:
         task = self.run.task
@@ -213,12 +242,12 @@ class Loop:
         return (1 - settings.weight) * loss + settings.weight * distillation_loss(logits, teacher, settings.temperature)
 
     def _cache_teacher_logits(self) -> None:
-        """Ask the teacher once per training example when the phase would ask more than once.
+        """Ask the teacher once per training example when this part of the phase would ask more than once.
 
         The batches are fixed, so that a resumed run gets the same bits.
         """
         run = self.run
-        if self._teacher is None or self.phase.steps * run.settings.batch_size < run.task.n_train:
+        if self._teacher is None or len(self.part) * run.settings.batch_size < run.task.n_train:
             return
         parts = []
         with torch.inference_mode(), run.progress.bar("teacher", run.task.n_train) as bar:
@@ -247,7 +276,7 @@ class Loop:
             self._sparsity = self._event.sparsity if self._event else self._sparsity
         self._recent_loss = loss
         self._show()
-        if self.step % run.settings.log_every and self._event is None and self.step != self.phase.steps:
+        if self.step % run.settings.log_every and self._event is None and self.step != self.last:
             return
         record: dict[str, Any] = {curves.STEP: self.offset + self.step, curves.STAGE: self.stage}
         record |= {curves.LOSS_TRAIN: loss, curves.LEARNING_RATE: lr, **clock.milliseconds()}
@@ -285,7 +314,7 @@ class Loop:
 
     def _checkpoint_if_due(self) -> None:
         stage_ends = self.pruner is not None and self.step == self.pruner.final_step
-        if stage_ends or self.step % self.run.settings.checkpoint_every == 0 or self.step == self.phase.steps:
+        if stage_ends or self.step % self.run.settings.checkpoint_every == 0 or self.step == self.last:
             self.save()
 
     def _stop_if_asked(self) -> None:
@@ -293,7 +322,7 @@ class Loop:
         if reason:
             self.save()
             raise InterruptedRunError(
-                f"stopped by {reason} at step {self.step} of {self.phase.steps} of '{self.stage}'; "
+                f"stopped by {reason} at step {self.step} of {self.last} of '{self.stage}'; "
                 f"the state is saved in {self.run.folder.path}\ngo on with:  {self.run.command} resume=auto"
             )
 
@@ -344,13 +373,35 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
-def _optimizer(model: nn.Module, phase: Phase) -> torch.optim.Optimizer:
-    """The phase's optimizer; biases and norms (parameters of one dimension) do not decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def optimizer_of(
+    model: nn.Module, phase: Phase, trained: Sequence[Sequence[str]] | None = None
+) -> torch.optim.Optimizer:
+    """The phase's optimizer; biases and norms (parameters of one dimension) do not decay.
+
+    Args:
+        model: whose parameters are trained.
+        phase: which optimizer, at which rate.
+        trained: names of the parameters of each group, in their order; by default all that want a gradient.
+    """
+    known = dict(model.named_parameters())
+    if trained is None:
+        wanted = [name for name, parameter in known.items() if parameter.requires_grad]
+        trained = [[n for n in wanted if known[n].ndim > 1], [n for n in wanted if known[n].ndim <= 1]]
+    decays = (phase.weight_decay, 0.0)
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": phase.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [(name, known[name]) for name in names], "weight_decay": decay}
+        for names, decay in zip(trained, decays, strict=False)
+        if names
     ]
     if phase.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=phase.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=phase.lr, fused=True)
+
+
+def trained_in(state: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the parameters in each of the optimizer's groups of a checkpoint."""
+    return [list(group["param_names"]) for group in state["optimizer"]["param_groups"]]
+
+
+def _placed(masks: MaskSet, device: torch.device) -> MaskSet:
+    return MaskSet({name: replace(layer, mask=layer.mask.to(device)) for name, layer in masks.items()})

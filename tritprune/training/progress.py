@@ -96,6 +96,10 @@ class PhaseBar:
         status = "  ".join(f"{name} {_short(name, value)}" for name, value in shown.items())
         self._live.update(self._task, completed=step, description=stage, status=status)
 
+    def busy(self, with_what: str) -> None:
+        """Say what takes its time between two steps."""
+        self._live.update(self._task, status=with_what)
+
     def evaluated(self, step: int, stage: str, values: Mapping[str, float], sparsity: float | None) -> None:
         """An evaluation was made: a line where no bar can be shown."""
         if self._progress.silent or self._progress.console.is_terminal:

@@ -1,13 +1,14 @@
 """What the training loop can be told, checked before anything is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
 
 from tritprune.errors import ConfigError
 from tritprune.registry import check_arguments, did_you_mean
+from tritprune.schedules import resolve_step
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 LR_SCHEDULES = ("linear", "cosine", "constant")
@@ -87,6 +88,8 @@ class TrainingSettings:
     Args:
         dense: the fine-tuning that gives the dense model.
         prune: pruning and recovery together; the pruner's last mask update parts the two.
+        after_slim: optimizer steps, or ``"2ep"``, with which ``prune`` goes on in the slim model: one learning rate
+            schedule over both.
         batch_size: examples per optimizer step, over all processes and micro-batches.
         accumulate: micro-batches per optimizer step and process.
         clip: largest norm of the gradient; null for no clipping.
@@ -103,6 +106,7 @@ class TrainingSettings:
 
     dense: Phase
     prune: Phase
+    after_slim: int | str = 0
     batch_size: int = 16
     accumulate: int = 1
     clip: float | None = 1.0
@@ -119,6 +123,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "eval_every", "checkpoint_every", "log_every", "latency_repeats"):
             _at_least(name, getattr(self, name), 1)
+        _check_after_slim(self.after_slim)
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 "training.batch_size must be a multiple of training.accumulate, "
@@ -153,6 +158,14 @@ class TrainingSettings:
             values["latency_batches"] = tuple(values["latency_batches"])
         return _build("training", cls, values)
 
+    def steps_after_slim(self, n_train: int) -> int:
+        """Optimizer steps after slimming, with ``n_train`` training examples."""
+        return resolve_step(self.after_slim, steps_per_epoch=max(1, n_train // self.batch_size))
+
+    def prune_and_after(self, n_train: int) -> Phase:
+        """The phase of pruning and recovery with the steps after slimming, over which its schedule runs."""
+        return replace(self.prune, steps=self.prune.steps + self.steps_after_slim(n_train))
+
     def resolve_device(self) -> str:
         """``cuda`` or ``cpu``."""
         if self.device == "auto":
@@ -171,6 +184,15 @@ def _build(what: str, kind: type[T], values: Mapping[str, Any]) -> T:
             kind_of_number = "whole number" if item.type is int else "number"
             raise ConfigError(f"{what}.{item.name} must be a {kind_of_number}, got {value!r}")
     return kind(**values)
+
+
+def _check_after_slim(value: int | str) -> None:
+    try:
+        good = not isinstance(value, float) and resolve_step(value, steps_per_epoch=1) >= 0
+    except ConfigError:
+        good = False
+    if not good:
+        raise ConfigError(f"training.after_slim is a number of optimizer steps, or of epochs as in 2ep, got {value!r}")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

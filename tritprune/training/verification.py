@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tritprune.errors import CertificateError, CheckpointError, TritpruneError
-from tritprune.export import load_model
+from tritprune.errors import CertificateError, CheckpointError, MissingPackageError, TritpruneError
+from tritprune.export import FILES, check_artifact, load_model
 from tritprune.pruners import MaskSet
-from tritprune.slimming import certify, check_saved, count_parameters, saved_inputs, state_sha256
-from tritprune.training.driver import MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
-
-CERTIFICATE = "certificate.json"
+from tritprune.slimming import certify, check_saved, count_parameters, saved_cases, saved_inputs, state_sha256
+from tritprune.slimming.model_inputs import ModelInputs, evaluating, tensors_of
+from tritprune.training.after_slim import SLIM_MASKS, TUNED, TUNING
+from tritprune.training.checkpoint import CERTIFICATE, EXPORTS, MASKS, PRUNED, PRUNING, RESULT, SLIM, SLIMMING
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,25 @@ class _Verification:
             yield self._held("slim/: the outputs of the certificate", lambda: self._outputs(SLIM))
         if PRUNED in self.models:
             yield self._held("pruned/: the outputs of the certificate", lambda: self._outputs(PRUNED))
-        if len(self.models) == 2:
+        if {PRUNED, SLIM} <= self.models.keys():
             yield self._held("slim/ against pruned/, module by module", self._modules)
+        if any((self.folder / name).exists() for name in (SLIM_MASKS, TUNED, TUNING)):
+            yield self._held(f"{TUNED}/: hashes, and the model loads", lambda: self._loads(TUNED))
+            if TUNED in self.models:
+                yield self._held(f"{TUNED}/: the certified slim model, trained further", self._trained_further)
+        try:
+            exported = self._exported()
+        except CheckpointError as error:
+            yield Finding(f"{EXPORTS}: what was made of slim/", False, str(error))
+            return
+        for kind, slim_file in FILES.items():
+            for model in (SLIM, TUNED):
+                name = slim_file.replace(SLIM, model)
+                if (self.folder / name).exists() or name in exported:
+                    yield self._held(
+                        f"{name}: SHA-256, and the outputs of {model}/",
+                        lambda kind=kind, name=name, model=model: self._file(kind, name, model, exported.get(name)),
+                    )
 
     def _held(self, what: str, check: Callable[[], str]) -> Finding:
         try:
@@ -100,16 +117,17 @@ class _Verification:
         return content
 
     def _files(self) -> str:
-        recorded = self._read(CERTIFICATE).get("files")
+        return self._unchanged(self._read(CERTIFICATE).get("files"), CERTIFICATE)
+
+    def _unchanged(self, recorded: Any, record: str) -> str:
+        """Files against the hashes that a record keeps."""
         if not isinstance(recorded, dict) or not recorded:
-            raise CheckpointError(f"{CERTIFICATE} records no hashes of files: the run is of an older version")
+            raise CheckpointError(f"{record} records no hashes of files: the run is of an older version")
         for name, expected in recorded.items():
             path = self.folder / name
             if not path.is_file():
                 raise CheckpointError(f"{name} is missing")
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            if found != expected:
-                raise CheckpointError(f"{name} was changed: its SHA-256 is {found[:16]}..., not {expected[:16]}...")
+            _hashed(path, name, expected)
         return ", ".join(recorded)
 
     def _loads(self, name: str) -> str:
@@ -120,22 +138,61 @@ class _Verification:
         masks, model = MaskSet.load(self.folder / MASKS), self.models[PRUNED]
         if masks.digest() != pruning.get("digest"):
             raise CheckpointError(f"{MASKS} holds other masks than those that {PRUNING} recorded")
-        zeros = 0
-        for name, layer in masks.items():
-            weight = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.weight")
-            if weight is None or tuple(weight.shape) != layer.weight_shape:
-                raise CheckpointError(f"'{name}' of {PRUNED}/ is not the layer that its mask is for")
-            alive = int((weight.detach()[~layer.element_mask()] != 0).sum())
-            if alive:
-                raise CheckpointError(f"'{name}' has {alive:,} weights in {PRUNED}/ where its mask prunes")
-            zeros += layer.zeros()
+        zeros = _zeros(masks, model, PRUNED)
         return f"{zeros:,} weights in {len(masks)} layers are pruned and zero"
+
+    def _trained_further(self) -> str:
+        """From the certificate's slim model to the final one: hashes, the same shapes, zeros where masks prune."""
+        record, tuned = self._read(TUNING), self.models[TUNED]
+        certified = _at(self._read(CERTIFICATE), "models_sha256", "slim")
+        if record.get("slim_sha256") != certified:
+            raise CheckpointError(
+                f"{TUNING} says that {TUNED}/ came from another slim model than {CERTIFICATE} certifies"
+            )
+        self._unchanged(record.get("files"), TUNING)
+        if state_sha256(tuned) != record.get("tuned_sha256"):
+            raise CheckpointError(f"{TUNED}/ has other weights than those that {TUNING} recorded")
+        made, given = (self._read(f"{name}/manifest.json") for name in (TUNED, SLIM))
+        if any(made[key] != given[key] for key in ("class", "builder", "widths")):
+            raise CheckpointError(f"{TUNED}/manifest.json builds another model than {SLIM}/manifest.json")
+        zeros = _zeros(MaskSet.load(self.folder / SLIM_MASKS), tuned, TUNED)
+        return f"widths as in {SLIM}/, {count_parameters(tuned):,} parameters, {zeros:,} of them pruned and zero"
 
     def _outputs(self, name: str) -> str:
         cases = len(saved_inputs(self.folder))
         if not check_saved(self.models[name], self.folder):
             raise CertificateError(f"{name}/ does not give the outputs that {CERTIFICATE} certifies")
         return f"{cases} inputs, every output within the tolerance"
+
+    def _exported(self) -> dict[str, dict[str, Any]]:
+        """What the run recorded of the files that it made of the slim model, by name; empty if it made none."""
+        if not (self.folder / EXPORTS).is_file():
+            return {}
+        files = self._read(EXPORTS).get("files")
+        return {str(made["path"]): made for made in files or () if isinstance(made, dict) and "path" in made}
+
+    def _file(self, kind: str, name: str, model: str, recorded: dict[str, Any] | None) -> str:
+        path = self.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if recorded is None:
+            raise CheckpointError(f"{EXPORTS} knows nothing of {name}")
+        if not recorded.get("sha256"):
+            raise CheckpointError(f"{EXPORTS} records no hash of {name}: the run is of an older version")
+        _hashed(path, name, str(recorded["sha256"]))
+        try:
+            cases = saved_cases(self.folder)
+            if model == TUNED:
+                cases = [(inputs, self._outputs_now(TUNED, inputs)) for inputs, _ in cases]
+            return f"{len(cases)} inputs, largest difference {check_artifact(kind, path, cases):.1e}"
+        except MissingPackageError as error:
+            return f"SHA-256 as recorded; not run here: {error}"
+
+    def _outputs_now(self, name: str, inputs: ModelInputs) -> dict[str, Tensor]:
+        if name not in self.models:
+            raise CheckpointError(f"{name}/ does not load, so there is nothing to compare with")
+        with evaluating(self.models[name]):
+            return tensors_of(inputs.call(self.models[name]))
 
     def _states(self) -> str:
         certificate, said = self._read(CERTIFICATE), list[str]()
@@ -155,9 +212,33 @@ class _Verification:
         return f"{compared} module outputs within the tolerance, largest difference {found.largest_in_modules:.1e}"
 
 
+def _hashed(path: Path, name: str, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise CheckpointError(f"{name} was changed: its SHA-256 is {found[:16]}..., not {expected[:16]}...")
+
+
 def _at(record: dict[str, Any], *keys: str) -> Any:
     """The value under nested keys; None where there is none."""
     value: Any = record
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _zeros(masks: MaskSet, model: nn.Module, where: str) -> int:
+    """How many weights the masks prune; each is held against the model.
+
+    Raises:
+        CheckpointError: a layer that the mask is not for, or a pruned weight that is not zero.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, layer in masks.items():
+        weight = weights.get(f"{name}.weight")
+        if weight is None or tuple(weight.shape) != layer.weight_shape:
+            raise CheckpointError(f"'{name}' of {where}/ is not the layer that its mask is for")
+        alive = int((weight.detach()[~layer.element_mask()] != 0).sum())
+        if alive:
+            raise CheckpointError(f"'{name}' has {alive:,} weights in {where}/ where its mask prunes")
+    return sum(layer.zeros() for layer in masks.values())

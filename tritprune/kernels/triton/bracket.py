@@ -26,13 +26,14 @@ from torch import Tensor
 from tritprune.kernels.sampling import Sampling
 from tritprune.kernels.triton import multi_tensor
 from tritprune.kernels.triton.multi_tensor import find_tile, load_pointer
+from tritprune.kernels.triton.order import BITS, NONE, Order, load_bounds, load_mask, standing
 from tritprune.kernels.units import UnitGrid
 
 LANES, ROWS = tl.constexpr(128), tl.constexpr(8)
 """Threads of a program, and scores that each holds at once."""
 
-SAMPLE_FIELDS = tl.constexpr(6)
-FIELDS = tl.constexpr(12)
+SAMPLE_FIELDS = tl.constexpr(8)
+FIELDS = tl.constexpr(14)
 MARGIN = tl.constexpr(4)
 """Infinities before and after the sorted sample: a rank beyond its ends is one of them."""
 
@@ -73,8 +74,12 @@ def unit_sizes(row_ptr, unit, n_units, RAGGED: tl.constexpr):
 @triton.jit
 def _sample_kernel(
     sample_ptr,  # [MARGIN + samples + MARGIN] fp32
-    table_ptr,  # [T, SAMPLE_FIELDS]: first tile, first sample, score, samples, units // samples, units % samples
-    owners_ptr,  # [tiles]
+    table_ptr,  # [T, SAMPLE_FIELDS]: first tile, first sample, score, samples, units // samples, units % samples,
+    owners_ptr,  # [tiles]                                                                      kept, layer
+    bound_scores_ptr,  # [T, 2] fp32 if BOUNDED
+    bound_places_ptr,  # [T, 2] int64 if BOUNDED
+    KEPT: tl.constexpr,
+    BOUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row_ptr, tile = find_tile(table_ptr, owners_ptr, SAMPLE_FIELDS)
@@ -87,7 +92,13 @@ def _sample_kernel(
     drawn = number < samples
     hashed = (number * 2654435761) & 4294967295
     unit = number * stride + (number * rest) // samples + ((hashed * stride) >> 32)
-    tl.store(sample_ptr + MARGIN + first + number, tl.load(score_ptr + unit, mask=drawn, other=0.0), mask=drawn)
+    score = tl.load(score_ptr + unit, mask=drawn, other=0.0)
+    marks = drawn
+    if KEPT != NONE:
+        marks = load_mask(load_pointer(row_ptr + 6, tl.int8, False), unit, drawn, KEPT == BITS)
+    bounds = load_bounds(bound_scores_ptr, bound_places_ptr, tl.load(row_ptr + 7), BOUNDED)
+    score = standing(score, unit, marks, bounds, KEPT, BOUNDED)
+    tl.store(sample_ptr + MARGIN + first + number, score, mask=drawn)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         infinite = tl.full([MARGIN], float("inf"), tl.float32)
         tl.store(sample_ptr + tl.arange(0, MARGIN), -infinite)
@@ -95,11 +106,31 @@ def _sample_kernel(
 
 
 @triton.jit
-def _look(tally, row, score_ptr, row_ptr, start, n_units, low, high, apart, SIZED: tl.constexpr, RAGGED: tl.constexpr):
-    """One score a lane: the score, its unit's size, whether it is inside, and the tally with it added."""
+def _look(
+    tally,
+    row,
+    score_ptr,
+    kept_ptr,
+    row_ptr,
+    start,
+    n_units,
+    low,
+    high,
+    apart,
+    bounds,
+    KEPT: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    SIZED: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """One score a lane: where it stands, its unit's size, whether it is inside, and the tally with it added."""
     below, at_low, at_high, between, count = tally
     unit = start + row * LANES + tl.arange(0, LANES)  # [LANES] int64
     score = tl.load(score_ptr + unit, mask=unit < n_units, other=float("nan"))  # NaN is nowhere
+    marks = unit
+    if KEPT != NONE:
+        marks = load_mask(kept_ptr, unit, unit < n_units, KEPT == BITS)
+    score = standing(score, unit, marks, bounds, KEPT, BOUNDED)
     size = 1
     if SIZED:
         size, _ = unit_sizes(row_ptr, unit, n_units, RAGGED)
@@ -130,7 +161,11 @@ def _collect_kernel(
     low_ptr,  # [1] fp32
     high_ptr,  # [1] fp32
     table_ptr,  # [T, FIELDS]: first tile, tiles of all, usual size, score, units, cols, row, last row, col, last col,
-    owners_ptr,  # [tiles]                                                            programs, capacity of a segment
+    owners_ptr,  # [tiles]                                               programs, capacity of a segment, kept, layer
+    bound_scores_ptr,  # [T, 2] fp32 if BOUNDED
+    bound_places_ptr,  # [T, 2] int64 if BOUNDED
+    KEPT: tl.constexpr,
+    BOUNDED: tl.constexpr,
     SIZED: tl.constexpr,
     RAGGED: tl.constexpr,
     TILE: tl.constexpr,
@@ -153,20 +188,22 @@ def _collect_kernel(
     while number < n_tiles:
         row_ptr = table_ptr + tl.load(owners_ptr + number).to(tl.int64) * FIELDS
         score_ptr = load_pointer(row_ptr + 3, tl.float32, False)
+        kept_ptr = load_pointer(row_ptr + 12, tl.int8, False)
+        bounds = load_bounds(bound_scores_ptr, bound_places_ptr, tl.load(row_ptr + 13), BOUNDED)
         n_units = tl.load(row_ptr + 4)
         start = (number - tl.load(row_ptr)) * TILE
         stop = tl.minimum(start + TILE, n_units)
         while start < stop:
             # Eight loads before the one atomic operation of a lane, whose answer all its stores wait for.
-            where = (score_ptr, row_ptr, start, n_units, low, high, apart)
-            score0, size0, inside0, tally = _look(tally, 0, *where, SIZED, RAGGED)
-            score1, size1, inside1, tally = _look(tally, 1, *where, SIZED, RAGGED)
-            score2, size2, inside2, tally = _look(tally, 2, *where, SIZED, RAGGED)
-            score3, size3, inside3, tally = _look(tally, 3, *where, SIZED, RAGGED)
-            score4, size4, inside4, tally = _look(tally, 4, *where, SIZED, RAGGED)
-            score5, size5, inside5, tally = _look(tally, 5, *where, SIZED, RAGGED)
-            score6, size6, inside6, tally = _look(tally, 6, *where, SIZED, RAGGED)
-            score7, size7, inside7, tally = _look(tally, 7, *where, SIZED, RAGGED)
+            where = (score_ptr, kept_ptr, row_ptr, start, n_units, low, high, apart, bounds)
+            score0, size0, inside0, tally = _look(tally, 0, *where, KEPT, BOUNDED, SIZED, RAGGED)
+            score1, size1, inside1, tally = _look(tally, 1, *where, KEPT, BOUNDED, SIZED, RAGGED)
+            score2, size2, inside2, tally = _look(tally, 2, *where, KEPT, BOUNDED, SIZED, RAGGED)
+            score3, size3, inside3, tally = _look(tally, 3, *where, KEPT, BOUNDED, SIZED, RAGGED)
+            score4, size4, inside4, tally = _look(tally, 4, *where, KEPT, BOUNDED, SIZED, RAGGED)
+            score5, size5, inside5, tally = _look(tally, 5, *where, KEPT, BOUNDED, SIZED, RAGGED)
+            score6, size6, inside6, tally = _look(tally, 6, *where, KEPT, BOUNDED, SIZED, RAGGED)
+            score7, size7, inside7, tally = _look(tally, 7, *where, KEPT, BOUNDED, SIZED, RAGGED)
             count = tally[4]
             place = tl.atomic_add(filled_ptr + none, count.to(tl.int64), mask=count > 0, sem="relaxed").to(tl.int32)
             into = (own_candidates_ptr, own_sizes_ptr, capacity, SIZED)
@@ -244,31 +281,31 @@ def _decide_kernel(
             tl.store(verdict_ptr + 2, after_between)
 
 
-def bracket(
-    layers: Sequence[tuple[Tensor, UnitGrid]], budget: int, room: int, sampling: Sampling
-) -> tuple[Tensor, Tensor]:
+def bracket(order: Order, budget: int, room: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Two scores between which the threshold almost surely lies: fp32 ``[1]`` each.
 
     Args:
-        layers: fp32 scores, contiguous, none empty, and their grids.
+        order: the layers, none empty.
         budget: elements that may go, less than there are.
         room: scores that fit into all segments.
         sampling: sizes.
     """
-    device = layers[0][0].device
-    grids = [grid for _, grid in layers]
+    device = order.layers[0].score.device
+    grids = [layer.grid for layer in order.layers]
     units, elements = sum(grid.units for grid in grids), sum(grid.elements for grid in grids)
     wanted = min(max(units // sampling.units_per_sample, sampling.smallest), sampling.largest)
     counts = [max(1, grid.elements * wanted // elements) for grid in grids]
     drawn = sum(counts)
     fields: list[tuple[int, ...]] = []
     first = 0
-    for (score, grid), count in zip(layers, counts, strict=True):
-        fields.append((first, score.data_ptr(), count, grid.units // count, grid.units % count))
+    for layer, count in zip(order.layers, counts, strict=True):
+        drawn_from = (layer.score.data_ptr(), count, layer.grid.units // count, layer.grid.units % count)
+        fields.append((first, *drawn_from, *layer.marks))
         first += count
     sample = torch.empty(drawn + 2 * MARGIN.value, dtype=torch.float32, device=device)
     table, owners, tiles = multi_tensor.tables(fields, counts, _SAMPLE_BLOCK, device)
-    multi_tensor.launch(_sample_kernel, tiles, sample, table, owners, BLOCK=_SAMPLE_BLOCK)
+    tensors = (sample, table, owners, *order.bounds)
+    multi_tensor.launch(_sample_kernel, tiles, *tensors, **order.constants, BLOCK=_SAMPLE_BLOCK)
     ordered = torch.sort(sample).values
     share = budget / elements
     spread = sampling.deviations * math.sqrt(drawn * share * (1 - share)) + 5
@@ -280,12 +317,21 @@ def bracket(
 
 
 def collect(
-    launches: Sequence[Launch], low: Tensor, high: Tensor, state: Tensor, verdict: Tensor, tally: Tensor, *, sized: bool
+    launches: Sequence[Launch],
+    order: Order,
+    low: Tensor,
+    high: Tensor,
+    state: Tensor,
+    verdict: Tensor,
+    tally: Tensor,
+    *,
+    sized: bool,
 ) -> tuple[Tensor, Tensor]:
     """Tally the scores outside a bracket, keep those inside, and decide where the threshold is looked for.
 
     Args:
         launches: the layers.
+        order: where their units stand.
         low: lower end, fp32 ``[1]``.
         high: upper end, fp32 ``[1]``.
         state: as kth.py reads it; the elements left for the candidates are written to it.
@@ -305,7 +351,8 @@ def collect(
         multi_tensor.launch(
             _collect_kernel,
             programs,
-            *(tally, scores, sizes, low, high, launch.table, launch.owners),
+            *(tally, scores, sizes, low, high, launch.table, launch.owners, *order.bounds),
+            **order.constants,
             SIZED=sized,
             RAGGED=launch.constants["RAGGED"],
             TILE=launch.constants["BLOCK"] * launch.constants["ROUNDS"],

@@ -20,6 +20,7 @@ one.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -27,9 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tritprune.kernels.sampling import Sampling, get_sampling
+from tritprune.kernels.threshold_reference import Bounds
 from tritprune.kernels.triton import bracket, multi_tensor
 from tritprune.kernels.triton.bracket import ANSWERED, EVERYTHING, FIELDS, Launch, unit_sizes
 from tritprune.kernels.triton.multi_tensor import load_pointer, load_size
+from tritprune.kernels.triton.order import Order, SearchLayer, load_bounds, load_standing
 from tritprune.kernels.units import UnitGrid
 
 PASSES = 4
@@ -92,7 +95,11 @@ def _histogram_kernel(
     candidates_ptr,  # [programs, capacity] fp32
     sizes_ptr,  # [programs, capacity] int64 if SIZED
     table_ptr,  # [T, FIELDS]: first tile, tiles of all, usual size, score, units, cols, row, last row, col, last col,
-    owners_ptr,  # [tiles]                                                            programs, capacity of a segment
+    owners_ptr,  # [tiles]                                               programs, capacity of a segment, kept, layer
+    bound_scores_ptr,  # [T, 2] fp32 if BOUNDED
+    bound_places_ptr,  # [T, 2] int64 if BOUNDED
+    KEPT: tl.constexpr,
+    BOUNDED: tl.constexpr,
     PASS: tl.constexpr,
     SIZED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -117,14 +124,14 @@ def _histogram_kernel(
                 row_ptr = table_ptr + tl.load(owners_ptr + number).to(tl.int64) * FIELDS
                 score_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
                 n_units = load_size(row_ptr + 4, ALIGNED)
+                bounds = load_bounds(bound_scores_ptr, bound_places_ptr, tl.load(row_ptr + 13), BOUNDED)
                 size = tl.load(row_ptr + 6) * tl.load(row_ptr + 8)
                 counts = tl.zeros([BINS], tl.int32)
                 start = (number - tl.load(row_ptr)) * (ROUNDS * BLOCK)
                 stop = tl.minimum(start + ROUNDS * BLOCK, n_units)
                 while start < stop:
-                    unit = start + tl.arange(0, BLOCK)  # [BLOCK] int64
-                    inside = unit < n_units
-                    score = tl.load(score_ptr + unit, mask=inside, other=0.0)
+                    of = (row_ptr + 12, start, n_units, score_ptr, bounds)
+                    score, unit, inside = load_standing(*of, KEPT, BOUNDED, ALIGNED, BLOCK)
                     byte, chosen = byte_of(score, inside, prefix, PASS)
                     if RAGGED:
                         own_size, edge = unit_sizes(row_ptr, unit, n_units, RAGGED)
@@ -177,18 +184,26 @@ def _finish_kernel(
     store_answer(threshold_ptr, remainder_ptr, key, left)
 
 
-def kth_score_of_all(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int) -> tuple[Tensor, Tensor]:
-    """See :func:`tritprune.kernels.reference.kth_score`; no synchronisation, no joined copy of the scores."""
+def kth_score_of_all(
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    budget: int,
+    kept: Sequence[Tensor] | None,
+    bounds: Bounds | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`tritprune.kernels.reference.kth_score`; no synchronisation, no copy of the scores."""
     device = scores[0].device if scores else torch.device("cpu")
     threshold = torch.full((), math.inf, dtype=torch.float32, device=device)
     remainder = torch.zeros((), dtype=torch.int64, device=device)
     if budget >= sum(grid.elements for grid in grids):
         return threshold, remainder
-    layers = [(score.contiguous(), grid) for score, grid in zip(scores, grids, strict=True) if grid.units]
-    units, sized = sum(grid.units for _, grid in layers), not bracket.one_size([grid for _, grid in layers])
+    order = Order.of(scores, grids, kept, bounds, device)
+    order = replace(order, layers=[layer for layer in order.layers if layer.grid.units])
+    grids = [layer.grid for layer in order.layers]
+    units, sized = sum(grid.units for grid in grids), not bracket.one_size(grids)
     sampling = get_sampling()
     sampled = units >= sampling.least
-    launches = _launches(layers, sampling, device)
+    launches = _launches(order.layers, sampling, device)
     programs = launches[0].programs
     parts = [2 * (PASSES + 1), 4, PASSES * BINS.value, 5 * programs]  # each but the last of whole 16 bytes
     state, verdict, histogram, tally = torch.zeros(sum(parts), dtype=torch.int64, device=device).split(parts)
@@ -196,14 +211,15 @@ def kth_score_of_all(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget
     low = high = candidates = threshold.view(1)
     sizes = remainder.view(1)
     if sampled:
-        low, high = bracket.bracket(layers, budget, programs * launches[0].capacity, sampling)
-        candidates, sizes = bracket.collect(launches, low, high, state, verdict, tally, sized=sized)
+        low, high = bracket.bracket(order, budget, programs * launches[0].capacity, sampling)
+        candidates, sizes = bracket.collect(launches, order, low, high, state, verdict, tally, sized=sized)
     for number in range(PASSES):
         for place, launch in enumerate(launches):
             multi_tensor.launch(
                 _histogram_kernel,
                 programs if sampled else min(programs, launch.tiles),
-                *(state, histogram, verdict, tally, candidates, sizes, launch.table, launch.owners),
+                *(state, histogram, verdict, tally, candidates, sizes, launch.table, launch.owners, *order.bounds),
+                **order.constants,
                 PASS=number,
                 BRACKETED=sampled and place == 0,  # the first launch looks at the candidates of all layers
                 SIZED=sized and sampled and place == 0,
@@ -213,18 +229,19 @@ def kth_score_of_all(scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget
     return threshold, remainder
 
 
-def _launches(layers: Sequence[tuple[Tensor, UnitGrid]], sampling: Sampling, device: torch.device) -> list[Launch]:
+def _launches(layers: Sequence[SearchLayer], sampling: Sampling, device: torch.device) -> list[Launch]:
     """A launch for every kind of layer: ragged or not, aligned or not."""
-    grids = [grid for _, grid in layers]
-    groups = multi_tensor.group_by(layers, lambda layer: score_variant(*layer))
-    tiles = {variant: sum(-(-grid.units // _TILE) for _, grid in members) for variant, members in groups.items()}
+    grids = [layer.grid for layer in layers]
+    groups = multi_tensor.group_by(layers, lambda layer: layer.variant)
+    tiles = {variant: sum(-(-one.grid.units // _TILE) for one in members) for variant, members in groups.items()}
     programs = min(sampling.programs, max(tiles.values()))
     units, sized, usual = sum(grid.units for grid in grids), not bracket.one_size(grids), _usual_size(grids)
     capacity = bracket.segment_capacity(units, programs, sized, sampling)
     launches: list[Launch] = []
     for (ragged, aligned), members in groups.items():
-        fields = [(tiles[ragged, aligned], usual, *score_fields(*layer), programs, capacity) for layer in members]
-        counts = [grid.units for _, grid in members]
+        shared = tiles[ragged, aligned], usual
+        fields = [(*shared, *layer.fields, programs, capacity, *layer.marks) for layer in members]
+        counts = [layer.grid.units for layer in members]
         table, owners, _ = multi_tensor.tables(fields, counts, _TILE, device)
         block = 512 if ragged or sized else 1024
         constants = {"RAGGED": ragged, "ALIGNED": aligned, "BLOCK": block, "ROUNDS": _TILE // block}
@@ -239,17 +256,3 @@ def _usual_size(grids: Sequence[UnitGrid]) -> int:
         size = grid.uniform_size or grid.row_size * grid.col_size
         units[size] = units.get(size, 0) + grid.units
     return max(units, key=lambda size: units[size])
-
-
-def score_fields(score: Tensor, grid: UnitGrid) -> tuple[int, ...]:
-    """Score, units, cols, row, last row, col and last col: what kernels read of a layer."""
-    row_size, col_size = grid.row_size, grid.col_size
-    if grid.uniform_size is not None:
-        row_size, col_size = grid.last_row_size, grid.last_col_size  # all that a grid of one row or column has
-    sizes = (row_size, grid.last_row_size, col_size, grid.last_col_size)
-    return (score.data_ptr(), grid.units, grid.cols, *sizes)
-
-
-def score_variant(score: Tensor, grid: UnitGrid) -> tuple[bool, bool]:
-    """(ragged, aligned): what a launch has in common."""
-    return grid.uniform_size is None, multi_tensor.is_aligned(score.data_ptr(), grid.units)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritprune.kernels.threshold_reference import Bounds
 from tritprune.kernels.triton import multi_tensor
 from tritprune.kernels.triton.bracket import unit_sizes
 from tritprune.kernels.triton.kth import (
@@ -19,14 +20,13 @@ from tritprune.kernels.triton.kth import (
     byte_of,
     kth_score_of_all,
     narrow,
-    score_fields,
-    score_variant,
     store_answer,
 )
 from tritprune.kernels.triton.multi_tensor import find_tile, load_pointer, load_size
+from tritprune.kernels.triton.order import Order, load_bounds, load_standing
 from tritprune.kernels.units import UnitGrid
 
-FIELDS = tl.constexpr(10)
+FIELDS = tl.constexpr(12)
 STATE = tl.constexpr(2 * (PASSES + 1))
 BYTES = tl.constexpr(PASSES)
 _TILE = 4096
@@ -36,8 +36,12 @@ _TILE = 4096
 def _layer_histogram_kernel(
     states_ptr,  # [T, PASSES + 1, 2] int64: prefix, elements left
     histograms_ptr,  # [T, PASSES, BINS] int64
-    table_ptr,  # [T, FIELDS]: first tile, layer, budget, score, units, cols, row, last row, col, last col
+    table_ptr,  # [T, FIELDS]: first tile, layer, budget, score, units, cols, row, last row, col, last col, kept, layer
     owners_ptr,  # [tiles]
+    bound_scores_ptr,  # [T, 2] fp32 if BOUNDED
+    bound_places_ptr,  # [T, 2] int64 if BOUNDED
+    KEPT: tl.constexpr,
+    BOUNDED: tl.constexpr,
     PASS: tl.constexpr,
     RAGGED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -59,13 +63,13 @@ def _layer_histogram_kernel(
     bin_ptr = histogram_ptr + PASS * BINS
     score_ptr = load_pointer(row_ptr + 3, tl.float32, ALIGNED)
     n_units = load_size(row_ptr + 4, ALIGNED)
+    bounds = load_bounds(bound_scores_ptr, bound_places_ptr, layer, BOUNDED)
     counts = tl.zeros([BINS], tl.int32)
     start = tile * (ROUNDS * BLOCK)
     stop = tl.minimum(start + ROUNDS * BLOCK, n_units)
     while start < stop:
-        unit = start + tl.arange(0, BLOCK)  # [BLOCK] int64
-        inside = unit < n_units
-        score = tl.load(score_ptr + unit, mask=inside, other=0.0)
+        of = (row_ptr + 10, start, n_units, score_ptr, bounds)
+        score, unit, inside = load_standing(*of, KEPT, BOUNDED, ALIGNED, BLOCK)
         byte, chosen = byte_of(score, inside, prefix, PASS)
         if RAGGED:
             size, edge = unit_sizes(row_ptr, unit, n_units, RAGGED)
@@ -92,43 +96,53 @@ def _layer_finish_kernel(
 
 
 def kth_score_of_each(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budgets: Sequence[int]
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    budgets: Sequence[int],
+    kept: Sequence[Tensor] | None,
+    bounds: Bounds | None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`tritprune.kernels.reference.kth_score`, with a budget a layer."""
+    """See :func:`tritprune.kernels.reference.kth_score`, with a budget a layer.
+
+    A layer whose budget covers it, or is below 0, is not read and has ``(+inf, 0)``.
+    """
     device = scores[0].device if scores else torch.device("cpu")
     thresholds = torch.full((len(scores),), float("inf"), dtype=torch.float32, device=device)
     remainders = torch.zeros(len(scores), dtype=torch.int64, device=device)
     parts = [len(scores) * STATE.value, len(scores) * PASSES * BINS.value]
     states, histograms = torch.zeros(sum(parts), dtype=torch.int64, device=device).split(parts)
-    layers = [
-        (layer, budget, score.contiguous(), grid)
-        for layer, (score, grid, budget) in enumerate(zip(scores, grids, budgets, strict=True))
-        if grid.units
-    ]
+    order = Order.of(scores, grids, kept, bounds, device)
+    layers = [layer for layer in order.layers if 0 <= budgets[layer.number] < layer.grid.elements]
     launches = [
         (
             {"RAGGED": ragged, "ALIGNED": aligned, "BLOCK": 512 if ragged else 1024, "ROUNDS": 8 if ragged else 4},
             multi_tensor.tables(
-                [(layer, budget, *score_fields(score, grid)) for layer, budget, score, grid in members],
-                [grid.units for *_, grid in members],
+                [(layer.number, budgets[layer.number], *layer.fields, *layer.marks) for layer in members],
+                [layer.grid.units for layer in members],
                 _TILE,
                 device,
             ),
         )
-        for (ragged, aligned), members in multi_tensor.group_by(layers, lambda each: score_variant(*each[2:])).items()
+        for (ragged, aligned), members in multi_tensor.group_by(layers, lambda layer: layer.variant).items()
     ]
     for number in range(PASSES):
         for constants, (table, owners, tiles) in launches:
-            tensors = (states, histograms, table, owners)
-            multi_tensor.launch(_layer_histogram_kernel, tiles, *tensors, PASS=number, **constants)
+            tensors = (states, histograms, table, owners, *order.bounds)
+            constants = {**order.constants, "PASS": number, **constants}
+            multi_tensor.launch(_layer_histogram_kernel, tiles, *tensors, **constants)
     multi_tensor.launch(_layer_finish_kernel, len(scores), thresholds, remainders, states, histograms)
     return thresholds, remainders
 
 
 def kth_score(
-    scores: Sequence[Tensor], grids: Sequence[UnitGrid], budget: int | Sequence[int]
+    scores: Sequence[Tensor],
+    grids: Sequence[UnitGrid],
+    budget: int | Sequence[int],
+    *,
+    kept: Sequence[Tensor] | None = None,
+    bounds: Bounds | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`tritprune.kernels.reference.kth_score`; no synchronisation, no joined copy of the scores."""
+    """See :func:`tritprune.kernels.reference.kth_score`; no synchronisation, no copy of the scores."""
     if isinstance(budget, int):
-        return kth_score_of_all(scores, grids, budget)
-    return kth_score_of_each(scores, grids, budget)
+        return kth_score_of_all(scores, grids, budget, kept, bounds)
+    return kth_score_of_each(scores, grids, budget, kept, bounds)

@@ -20,8 +20,8 @@ from tritprune.kernels.optimizer_reference import Rounding
 from tritprune.kernels.packing import is_packed
 from tritprune.kernels.reference import SMALL_UNIT, Block
 from tritprune.kernels.triton import multi_tensor
-from tritprune.kernels.triton.masks import load_mask
 from tritprune.kernels.triton.multi_tensor import at, find_tile, load_pointer, load_size, load_stride, walk_grid
+from tritprune.kernels.triton.order import load_mask
 
 FIELDS = tl.constexpr(16)
 INTERPRETED = tl.constexpr(isinstance(walk_grid, InterpretedFunction))

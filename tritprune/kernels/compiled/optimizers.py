@@ -19,7 +19,8 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from tritprune.kernels import loops, optimizer_reference
+from tritprune.kernels import optimizer_reference
+from tritprune.kernels.compiled.work import compiled, run
 from tritprune.kernels.optimizer_reference import Rounding
 from tritprune.kernels.packing import is_packed, unpack_mask
 from tritprune.kernels.units import UnitGrid
@@ -102,11 +103,11 @@ def _adamw(roots, w, g, m, v, mask, block, *, lr, beta1, beta2, eps, weight_deca
     read = roots.numpy()
     for start, stop in _chunks(0, len(flat), _chunk()):
         pieces = list(_shares(start, stop))
-        loops.run(_adamw_moments, [(first, second, gradient, *piece, *shares) for piece in pieces])
+        run(_adamw_moments, [(first, second, gradient, *piece, *shares) for piece in pieces])
         torch.sqrt(seconds[start:stop], out=roots[: stop - start])
-        loops.run(_adamw_weights, [(flat, first, read, start, *piece, *rest, *keep) for piece in pieces])
+        run(_adamw_weights, [(flat, first, read, start, *piece, *rest, *keep) for piece in pieces])
         if reset and mask is not None:
-            loops.run(_zero, [(moment, *piece, *keep) for piece in pieces for moment in (first, second)])
+            run(_zero, [(moment, *piece, *keep) for piece in pieces for moment in (first, second)])
 
 
 def _sgd(w, g, b, mask, block, *, lr, momentum, dampening, weight_decay, nesterov, first, reset):
@@ -118,9 +119,9 @@ def _sgd(w, g, b, mask, block, *, lr, momentum, dampening, weight_decay, nestero
     numbers = (np.float32(x) for x in (-lr, momentum, 1 - dampening, weight_decay))
     how = (*numbers, kind, nesterov, weight_decay != 0)
     pieces = list(_chunks(0, len(flat), _ALONE))
-    loops.run(_sgd_piece, [(flat, gradient, state, *piece, *how, *keep) for piece in pieces])
+    run(_sgd_piece, [(flat, gradient, state, *piece, *how, *keep) for piece in pieces])
     if reset and mask is not None and b is not None:
-        loops.run(_zero, [(state, *piece, *keep) for piece in pieces])
+        run(_zero, [(state, *piece, *keep) for piece in pieces])
 
 
 def _fma_code(typing_context, a, b, c):
@@ -137,7 +138,7 @@ def _fma_code(typing_context, a, b, c):
 _fma: Any = intrinsic(_fma_code)
 
 
-@loops.compiled
+@compiled
 def _adamw_moments(m, v, g, first, last, share1, beta2, share2):
     m, v, g = m[first:last], v[first:last], g[first:last]  # an index that cannot be negative lets a loop be vectors
     if share1 < np.float32(0.5):
@@ -151,7 +152,7 @@ def _adamw_moments(m, v, g, first, last, share1, beta2, share2):
         v[i] = _fma(share2 * g[i], g[i], v[i] * beta2)
 
 
-@loops.compiled
+@compiled
 def _adamw_weights(w, m, roots, offset, first, last, decay, root, eps, size, keep, cols, n, block_cols):
     own, m, roots = w[first:last], m[first:last], roots[first - offset : last - offset]
     for i in range(own.size):
@@ -160,7 +161,7 @@ def _adamw_weights(w, m, roots, offset, first, last, decay, root, eps, size, kee
         _zero(w, first, last, keep, cols, n, block_cols)
 
 
-@loops.compiled
+@compiled
 def _sgd_piece(
     w, g, b, first, last, minus_lr, momentum, share, decay, kind, nesterov, decays, keep, cols, n, block_cols
 ):
@@ -186,7 +187,7 @@ def _sgd_piece(
         _zero(w, first, last, keep, cols, n, block_cols)
 
 
-@loops.compiled
+@compiled
 def _zero(values, first, last, keep, cols, n, m):
     """Zeros in places ``first`` to ``last`` of a flat ``[R, C]`` where the unit is pruned."""
     at = first

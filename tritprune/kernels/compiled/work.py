@@ -1,15 +1,21 @@
-"""Loops for the CPU: compiled by numba, and run over pieces of the work on as many threads as torch uses."""
+"""How compiled work is shared out: pieces that fit the cache, and a pool of as many threads as torch uses.
+
+The compiled loops release the interpreter lock.
+"""
 
 # pyright: basic
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
+import numpy as np
 import torch
+from torch import Tensor
 
+PIECE = 1 << 18
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
@@ -39,3 +45,27 @@ def _forget_threads() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_threads)
+
+
+def pieces(rows: int, elements_per_row: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about ``PIECE`` elements."""
+    step = max(1, PIECE // max(1, elements_per_row))
+    return ((first, min(first + step, rows)) for first in range(0, rows, step)) if elements_per_row else iter(())
+
+
+def runs(length: int) -> Iterator[tuple[int, int]]:
+    """Ranges of ``PIECE`` positions."""
+    return ((first, min(first + PIECE, length)) for first in range(0, length, PIECE))
+
+
+def plain(tensor: Tensor) -> np.ndarray:
+    """A contiguous array: fp32 as it is, bf16 as its bits in int16, fp16 as fp32."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy()
+    return tensor.float().numpy()
+
+
+def bits_of(score: Tensor) -> np.ndarray:
+    """Contiguous scores in their own memory: fp32, or bf16 as int16."""
+    return (score.view(torch.int16) if score.dtype == torch.bfloat16 else score).numpy()
