@@ -47,7 +47,7 @@ def test_every_problem_is_timed_shown_and_saved(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "peers_cpu_fp32.jsonl").read_text().splitlines()]
-    assert len({row["problem"] for row in rows}) == 12
+    assert len({row["problem"] for row in rows}) == 15
     assert {"tritprune", "neural_compressor", "foreach", "kthvalue", "topk", "sort", "asp"} <= {
         row["contender"] for row in rows
     }

@@ -31,8 +31,8 @@ bench() {
 }
 for set in ${SET:-minilm bert}; do
   out=$work/$set
-  bench peers --set "$set" --seconds "${SECONDS_EACH:-8}" --out "$out"
-  bench steps --set "$set" --seconds "${SECONDS_EACH:-8}" --out "$out"
+  bench peers --set "$set" --seconds "${SECONDS_EACH:-7}" --out "$out"
+  bench steps --set "$set" --seconds "${SECONDS_EACH:-7}" --out "$out"
   bench counts --set tiny72 --out "$out" # 72 layers: no size changes what is dispatched
   rm -rf "${results:?}/$set"
   mv "$out" "$results/"

@@ -76,6 +76,9 @@ class Problems:
             "2:4 group scores": self._group_scores,
             "apply 4x1 masks": self._apply,
             "count violations, 4x1": self._violations,
+            "caps of layers, 4x1": self._crossing,
+            "count non-finite, 4x1": self._non_finite,
+            "restore 4x1 masks": self._restore,
             "whole 4x1 update": self._update,
         }
         if self.dtype == torch.float32:  # masked optimizers step on no other weights
@@ -252,6 +255,55 @@ class Problems:
             contenders["nonzero and mask"] = lambda: rivals.violations_by_comparison(tensors, spread)
         read = int(SPARSITY * self.elements) * self.dtype.itemsize
         return Problem("count violations, 4x1", self.elements // 4 + read, contenders, check, {})
+
+    def _crossing(self) -> Problem:
+        scores, grids = self._unit_scores((4, 1)), self._grids((4, 1))
+        units = [int(SPARSITY * grid.units) for grid in grids]
+        budgets = [4 * k for k in units]
+
+        def check() -> None:
+            arguments = (scores[:3], grids[:3], budgets[:3])
+            same("crossings", kernels.crossing_units(*arguments), reference.crossing_units(*arguments))
+
+        contenders: dict[str, Callable[[], object]] = {
+            "tritprune": lambda: kernels.crossing_units(scores, grids, budgets)
+        }
+        if self.peers:
+            pairs = list(zip(scores, units, strict=True))
+            contenders["kthvalue a layer"] = lambda: [rivals.kth_by_kthvalue([score], k) for score, k in pairs]
+        return Problem("caps of layers, 4x1", self.elements, contenders, check, {})
+
+    def _non_finite(self) -> Problem:
+        scores = self._unit_scores((4, 1))
+
+        def check() -> None:
+            ugly = [score.clone().log_() for score in scores[:3]]
+            ugly[0].view(-1)[::7] = torch.inf
+            same("counts", [kernels.count_non_finite(ugly)], [reference.count_non_finite(ugly)])
+
+        contenders: dict[str, Callable[[], object]] = {"tritprune": lambda: kernels.count_non_finite(scores)}
+        if self.peers:
+            contenders["isfinite"] = lambda: torch.stack([(~score.isfinite()).sum() for score in scores])
+        return Problem("count non-finite, 4x1", self.elements, contenders, check, {})
+
+    def _restore(self) -> Problem:
+        before = [score >= SPARSITY for score in self._unit_scores((4, 1))]
+        masks = [score >= SPARSITY for score in self._unit_scores((4, 1), 4)]
+        condition = torch.ones((), dtype=torch.int64, device=self.device)
+
+        def check() -> None:
+            for number, wanted in ((0, masks[:3]), (1, before[:3])):
+                mine = [mask.clone() for mask in masks[:3]]
+                kernels.restore_masks_(mine, before[:3], condition * number)
+                same("masks", mine, wanted)
+
+        contenders: dict[str, Callable[[], object]] = {
+            "tritprune": lambda: kernels.restore_masks_(masks, before, condition)
+        }
+        if self.peers:
+            pairs = list(zip(before, masks, strict=True))
+            contenders["where"] = lambda: [torch.where(condition != 0, old, mask) for old, mask in pairs]
+        return Problem("restore 4x1 masks", self.elements // 2, contenders, check, {})
 
     def _update(self) -> Problem:
         scores, grids = self._unit_scores((4, 1)), self._grids((4, 1))

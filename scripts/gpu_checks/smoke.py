@@ -18,7 +18,7 @@ NEEDED = ("hydra", "omegaconf", "wandb", "rich", "accelerate", "safetensors", "m
 
 
 def smoke(place: Place) -> Iterator[Check]:
-    """Train on synthetic data, prune to 80%, slim, compare outputs; experiment=smoke too where hydra is installed."""
+    """Train on synthetic data, also with a masked step, prune, slim, compare; experiment=smoke too where hydra is."""
     with kernels.use_backend("triton" if place.dry else "auto"):
         for pattern in ("4x1", "2:4", "1xchannel"):
             yield from _train_and_prune(place, pattern)
@@ -49,7 +49,8 @@ def _train_and_prune(place: Place, pattern: str) -> Iterator[Check]:
     model = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
     teacher = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
     model, teacher = model.to(place.device), teacher.to(place.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2 if place.dry else 2e-3)
+    kind = tritprune.MaskedAdamW if pattern == "4x1" else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=1e-2 if place.dry else 2e-3)
     criterion = "magnitude" if pattern == "2:4" else "snip_momentum"
     pruner = tritprune.Pruner(
         model,
