@@ -347,3 +347,10 @@ def test_config_as_yaml() -> None:
         "  - - 1",
         "  - no",
     ]
+
+
+def test_a_block_that_went_as_a_whole_is_said(result: dict[str, Any], run_folder: Callable[..., Path]) -> None:
+    result["slim"]["cuts"][-1]["after"] = 0
+    text = write_report(run_folder(result)).read_text(encoding="utf-8")
+    assert text.count("12 → 0, block removed") == 1
+    assert text.count("block removed") == 1

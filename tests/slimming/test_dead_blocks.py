@@ -8,10 +8,9 @@ from torch.nn import functional as F
 import tritprune
 from tritprune.export import even_widths, load_model, loads_with, save_model
 from tritprune.slimming import Cut, check_saved, slim_model, slim_optimizer
-from tritprune.slimming.removal import RemovedAttention
+from tritprune.slimming.removal import KEEPS_CACHE, RemovedAttention
 
 FEED_FORWARD, ATTENTION = "bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.attention.self"
-KEEPS_CACHE = "it keeps keys and values for the tokens to come"
 
 
 def said(result):
@@ -112,7 +111,9 @@ def test_llama_loses_a_gated_block_and_keeps_what_generation_needs(tracer, layer
         model.model.layers[0].mlp.gate_proj.weight.zero_()
         model.model.layers[layer].self_attn.o_proj.weight.zero_()
     ids = {"input_ids": torch.arange(16).view(2, 8)}
+    model.config.use_cache = layer == 0  # as in training, or not
     result = slim_model(model, ids, tracer=tracer)
+    assert model.config.use_cache == (layer == 0)
     assert result.cuts == [
         Cut("feed-forward units", "model.layers.0.mlp.down_proj", 40, 0, "unit"),
         Cut("heads", f"model.layers.{layer}.self_attn", 4, 2, "head"),
@@ -177,6 +178,15 @@ def test_an_attention_that_does_more_keeps_a_head(returns, reason):
     _, result = blocked(Attention(returns))
     assert result.cuts == [Cut("heads", "attention", 2, 1, "head")]
     assert said(result)["attention", "heads"] == f"all heads are dead; one stays: {reason}"
+
+
+def test_an_attention_that_takes_a_cache_keeps_a_head():
+    class Caching(Attention):
+        def forward(self, x, layer_past=None):
+            return super().forward(x)
+
+    _, result = blocked(Caching())
+    assert said(result)["attention", "heads"] == f"all heads are dead; one stays: {KEEPS_CACHE}"
 
 
 def test_parameters_that_others_read_keep_a_head():

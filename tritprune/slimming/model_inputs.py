@@ -98,30 +98,30 @@ def _collect(value: Any, path: str, found: dict[str, Tensor], seen: set[int]) ->
 
 @contextmanager
 def evaluating(*models: nn.Module, caches: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradients, and without key-value caches where a configuration turns them on.
+    """Evaluation mode without gradients, and without key-value caches.
 
     A cache is what attention read, kept for the next token: its size is that of the heads, so a slim model's differs.
     On leaving, each module gets its own mode back and each configuration its setting.
 
     Args:
         models: the models.
-        caches: let configurations have their caches.
+        caches: have the caches that configurations can turn on, whether they do or not.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
-    configurations = [config for model in models if not caches for config in _configurations(model)]
-    caching = {id(config): config for config in configurations if config.use_cache is True}
+    switches = {id(config): config for model in models for config in _configurations(model)}
+    switched = [config for config in switches.values() if config.use_cache is (not caches)]
     for model in models:
         model.eval()
-    for config in caching.values():
-        config.use_cache = False
+    for config in switched:
+        config.use_cache = caches
     try:
         with torch.no_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
-        for config in caching.values():
-            config.use_cache = True
+        for config in switched:
+            config.use_cache = not caches
 
 
 def _configurations(model: nn.Module) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Attentions whose heads are all dead: what stands in their place, and when it may."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from tritprune.slimming.attention import Attention
 from tritprune.slimming.comparison import difference
 from tritprune.slimming.model_inputs import ModelInputs, evaluating
 from tritprune.slimming.nodes import Graph
+
+KEEPS_CACHE = "it keeps keys and values for the tokens to come"
 
 
 class RemovedAttention(nn.Module):
@@ -109,6 +112,8 @@ def removal_of(model: nn.Module, inputs: ModelInputs, graph: Graph, attention: A
     modules = dict(model.named_modules())
     if not where or where not in modules:
         return "its query, key and value linears are not in a module of their own"
+    if _may_cache(modules[where]):
+        return KEEPS_CACHE
     within = output.removeprefix(f"{where}.") if output.startswith(f"{where}.") else None
     weight: Tensor = modules[output].weight  # type: ignore[assignment]
     made, read = weight.shape[::-1] if type(modules[output]).__name__ == "Conv1D" else weight.shape
@@ -116,7 +121,7 @@ def removal_of(model: nn.Module, inputs: ModelInputs, graph: Graph, attention: A
 
     def watch(module: nn.Module, arguments: Any, named: dict[str, Any], result: Any) -> None:
         if any(hasattr(value, "get_seq_length") for value in (*arguments, *named.values())):
-            said.append("it keeps keys and values for the tokens to come")
+            said.append(KEEPS_CACHE)
             return
         first = result[0] if isinstance(result, tuple) and result else result
         source = first_tensor(*arguments, **named)
@@ -133,6 +138,8 @@ def removal_of(model: nn.Module, inputs: ModelInputs, graph: Graph, attention: A
     try:
         with evaluating(model, caches=True):
             plain.call(model)
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
+        return f"{type(model).__name__} does not run with its caches: {type(error).__name__}"
     finally:
         handle.remove()
     forms = list(dict.fromkeys(said))
@@ -142,6 +149,14 @@ def removal_of(model: nn.Module, inputs: ModelInputs, graph: Graph, attention: A
     if not isinstance(form, str) and not _feeds_only(graph, where, output):
         return f"{type(modules[where]).__name__} has parameters that more than its output linear depends on"
     return form if isinstance(form, str) else Removal(where, within, form)
+
+
+def _may_cache(module: nn.Module) -> bool:
+    """Whether a module takes a cache by name; one of transformers is watched instead, as many name it and have none."""
+    names = inspect.signature(module.forward).parameters
+    return not type(module).__module__.startswith("transformers.") and any(
+        word in name for name in names for word in ("past", "cache")
+    )
 
 
 def _is_constant(result: Tensor) -> bool:

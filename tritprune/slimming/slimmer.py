@@ -41,7 +41,7 @@ class SlimResult:
         widths: what :func:`tritprune.export.save_model` needs to build the slim model again:
             what changed, in the form that :func:`tritprune.slimming.account.changed_widths` describes.
         selections: tensor name -> {dimension: int64 indices into the dimension as it was, in the order kept}, for every
-            parameter and buffer that was cut.
+            parameter and buffer that was cut and is still there.
         created: parameters that the given model does not have: biases that were made to hold folded constants.
         folded: parameters whose values were changed because constants were folded into them.
         parameters_before: number of parameters of the model that was given.
