@@ -150,7 +150,7 @@ def test_concatenated_channels_go_from_where_they_come(tracer):
     assert result.model.out.in_channels == 6
 
 
-def test_a_group_norm_keeps_all_channels():
+def test_a_group_norm_keeps_a_channel_whose_group_lives():
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -165,7 +165,7 @@ def test_a_group_norm_keeps_all_channels():
     result = made(Normed())
     assert result.cuts == []
     reasons = [refusal.reason for refusal in result.refused]
-    assert reasons == ["1 of 4 columns are dead but stay: group_norm norm normalises over all of them"]
+    assert reasons == ["1 of 4 columns are dead but stay: group_norm norm normalises 2 channels together"]
 
 
 def test_a_transposed_convolution_is_cut_where_nothing_reads():
@@ -184,3 +184,61 @@ def test_a_transposed_convolution_is_cut_where_nothing_reads():
     result = made(Decoder())
     assert result.model.up.weight.shape == (4, 4, 2, 2)
     assert (result.model.up.in_channels, result.model.up.out_channels) == (4, 4)
+
+
+class Normed(nn.Module):
+    """Two convolutions with a norm between."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 4, 3)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.4)
+        self.eval()
+
+    def forward(self, x):
+        return self.second(torch.relu(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("tracer", ["jit", "export"])
+@pytest.mark.parametrize(
+    ("norm", "left"), [(lambda: nn.GroupNorm(4, 8), 6), (lambda: nn.InstanceNorm2d(8, affine=True), 5)]
+)
+def test_groups_of_channels_that_are_normalised_together_go_together(norm, left, tracer):
+    model = Normed(norm())
+    with torch.no_grad():
+        model.second.weight[:, [0, 2, 3]] = 0  # channel 1 stays, and channel 0 in its group
+    result = slim_model(model, torch.rand(2, 3, 8, 8), tracer=tracer)
+    assert [(cut.before, cut.after) for cut in result.cuts] == [(8, left)]
+    assert result.model.norm.weight.shape == (left,)
+    if left == 6:
+        assert (result.model.norm.num_groups, result.model.norm.num_channels) == (3, 6)
+        (refusal,) = result.refused
+        assert refusal.reason == "1 of 6 columns are dead but stay: group_norm norm normalises 2 channels together"
+    x = torch.rand(1, 3, 9, 9)
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(4, 8, affine=False), nn.GroupNorm(1, 8)])
+def test_channels_that_are_all_normalised_together_stay(norm):
+    model = Normed(norm)
+    with torch.no_grad():
+        model.second.weight[:, [2, 3]] = 0
+    assert slim_model(model, torch.rand(2, 3, 8, 8)).cuts == []
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_weight_that_is_computed_is_named_so_and_holds_no_other_layer():
+    model = Normed(nn.InstanceNorm2d(8, affine=True))
+    with torch.no_grad():
+        model.first.weight[0], model.norm.bias[0] = 0, 0
+        model.second.weight[3] = 0
+    nn.utils.parametrize.register_parametrization(model.second, "weight", Twice())
+    reasons = [refusal.reason for refusal in slim_model(model, torch.rand(2, 3, 8, 8)).refused]
+    assert any(reason.endswith("its weight is computed while it runs") for reason in reasons), reasons
+    assert not any("does not run" in reason for reason in reasons)

@@ -53,11 +53,14 @@ class Paired(Shaped):
 X = torch.arange(2 * 5 * WIDTH).view(2, 5, WIDTH).float().sin()
 
 
-@pytest.mark.parametrize("tracer", ["jit", "export"])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"scores": "b q h d, b k h d -> b h q k"}, {"mixed": "bkhd,bhqk->bqhd", "swapped": True}],
-    ids=["plain", "spaces", "values first"],
+    ("settings", "tracer"),
+    [
+        ({}, "jit"),
+        ({}, "export"),
+        ({"scores": "b q h d, b k h d -> b h q k"}, "jit"),
+        ({"mixed": "bkhd,bhqk->bqhd", "swapped": True}, "jit"),
+    ],
 )
 def test_heads_go(settings, tracer):
     model = filled(Written(**settings))

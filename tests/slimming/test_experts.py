@@ -28,15 +28,14 @@ def make():
     return build
 
 
-@pytest.mark.parametrize("tracer", ["jit", "export"])
-def test_units_that_are_dead_in_all_experts_go_from_their_stacked_weights(tracer, make, tmp_path):
+def test_units_that_are_dead_in_all_experts_go_from_their_stacked_weights(make, tmp_path):
     model = make("MixtralForCausalLM", num_local_experts=4)
     experts = model.model.layers[1].mlp.experts
     with torch.no_grad():
         experts.down_proj[:, :, [0, 5, 9]] = 0
         experts.gate_up_proj[:, 3] = 0  # a gate of zero
         experts.down_proj[2, :, 7] = 0
-    result = slim_model(model, IDS, tracer=tracer)
+    result = slim_model(model, IDS)
     (cut,) = result.cuts
     assert (cut.kind, cut.where) == ("feed-forward units", "model.layers.1.mlp.experts")
     assert (cut.before, cut.after) == (12, 8)
@@ -47,11 +46,10 @@ def test_units_that_are_dead_in_all_experts_go_from_their_stacked_weights(tracer
         "1 of 48 columns are dead but stay: all experts are one tensor, and a unit goes only where it is dead in each "
         "of them"
     )
-    if tracer == "jit":
-        save(result, tmp_path / "slim")
-        loaded = load_model(tmp_path / "slim")
-        with torch.no_grad():
-            assert torch.equal(loaded(**IDS).logits, result.model(**IDS).logits)
+    save(result, tmp_path / "slim")
+    loaded = load_model(tmp_path / "slim")
+    with torch.no_grad():
+        assert torch.equal(loaded(**IDS).logits, result.model(**IDS).logits)
 
 
 def test_a_width_that_the_kernel_of_the_experts_does_not_take_is_refused_with_one_that_it_does(make):

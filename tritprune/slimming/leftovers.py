@@ -13,6 +13,8 @@ from tritprune.slimming.rules_sums import GROUPED
 from tritprune.slimming.units import Units
 from tritprune.slimming.walk import Walk
 
+COMPUTED = "its weight is computed while it runs"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -126,7 +128,7 @@ def _of_layer(
             zero = ~(weight != 0).transpose(0, dim).flatten(1).any(1)
             if zero.any():
                 count = f"{int(zero.sum())} of {len(zero)} {kind} are dead but stay"
-                refusals.append(Refusal(kind, name, f"{count}: it does not run on the example inputs"))
+                refusals.append(Refusal(kind, name, f"{count}: {_aside(units, name, module)}"))
         return refusals
     turned = type(module).__name__ == "Conv1D" or getattr(module, "transposed", False)
     for kind, dim in (("rows", int(turned)), ("columns", 1 - int(turned))):
@@ -149,6 +151,14 @@ def _of_layer(
             for reason, count in reasons.items()
         ]
     return refusals
+
+
+def _aside(units: Units, name: str, module: nn.Module) -> str:
+    """Why the graph does not read a layer's weight as a parameter."""
+    own = (f"{name}.{key}" for key, _ in module.named_parameters())
+    if any(units.graph.readers_of_parameter(key) for key in own if not key.endswith(".bias")):
+        return COMPUTED
+    return "it does not run on the example inputs"
 
 
 def _stacked(walk: Walk) -> list[str]:
@@ -209,7 +219,8 @@ def idle_readers(units: Units) -> dict[int, str]:
         if not (is_linear(module) or isinstance(module, nn.modules.conv._ConvNd)):
             continue
         parameter = units.parameter_name(module.weight)  # type: ignore[arg-type]
-        if parameter is None or not units.graph.readers_of_parameter(parameter):
+        unread = parameter is None or not units.graph.readers_of_parameter(parameter)
+        if unread and _aside(units, name, module) != COMPUTED:
             turned = type(module).__name__ == "Conv1D" or getattr(module, "transposed", False)
             shape = tuple(module.weight.shape)  # type: ignore[arg-type]
             idle.append((name, shape[int(not turned)], shape[int(turned)]))

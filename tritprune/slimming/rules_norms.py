@@ -1,11 +1,12 @@
 """Rules for norms, softmax, means and pools: what they compute from all units ties these together."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from tritprune.slimming.forms import Form, Group
-from tritprune.slimming.nodes import Node
+from tritprune.slimming.nodes import Node, Value
 from tritprune.slimming.walk import Rule, Walk, describe
 
 
@@ -37,19 +38,37 @@ def batch_norm(walk: Walk, node: Node) -> Form | None:
 
 
 def layer_norm(walk: Walk, node: Node) -> Form:
-    """Norms over the last dimensions (layer, RMS) and over groups of channels: these keep their width."""
+    """Norms over the last dimensions (layer, RMS): these keep their width."""
     x = walk.form(node.inputs[0])
-    if node.kind in ("group_norm", "instance_norm"):
-        normalised, values = (
-            list(range(1, x.rank)),
-            node.inputs[1:3] if node.kind == "instance_norm" else node.inputs[2:4],
-        )
-    else:
-        normalised, values = list(range(x.rank - len(node.argument(1)), x.rank)), node.inputs[2:4]
+    return _normalised(walk, node, range(x.rank - len(node.argument(1)), x.rank), node.inputs[2:4])
+
+
+def group_norm(walk: Walk, node: Node) -> Form:
+    """Norms over groups of channels, and over each channel alone: a group goes as a whole, with its weights."""
+    x = walk.form(node.inputs[0])
+    alone = node.kind == "instance_norm"
+    values = node.inputs[1:5] if alone else node.inputs[2:4]
+    channels, count = x.group(1), x.shape[1] if alone else node.argument(1)
+    own = [walk.form(value).group(0) for value in values if not value.is_constant]
+    parts = [part for part in own if part is not None]
+    if channels is None or not parts or count == 1 or len(x.groups) > 1 or channels.dims != (1,):
+        return _normalised(walk, node, range(1, x.rank), values)
+    for part in parts:
+        walk.merge(channels.atoms, part.atoms)
+    together = channels.atoms.reshape(count, -1)
+    walk.merge(together, together[:, :1])
+    if together.shape[1] > 1:
+        walk.ties.append((channels.atoms, f"{describe(node)} normalises {together.shape[1]} channels together"))
+    return Form(x.shape, (channels.unknown(),))
+
+
+def _normalised(walk: Walk, node: Node, dims: Iterable[int], values: Iterable[Value]) -> Form:
+    """All entries along ``dims`` are needed, and so are all of the weights."""
+    x, over = walk.form(node.inputs[0]), set(dims)
     reason = f"{describe(node)} normalises over all of them"
     groups: list[Group] = []
     for group in x.groups:
-        inside = [dim for dim in group.dims if dim in normalised]
+        inside = [dim for dim in group.dims if dim in over]
         if inside:
             walk.lock_or_pin(group, inside, reason)
         groups.append(group.unknown())
@@ -159,7 +178,8 @@ NORMS: dict[str, Rule] = {
         (*AVERAGES, *DIMS_AT_2, "sum", "var", "std", "prod", "logsumexp", "argmax", "argmin", "all", "any"), reduce
     ),
     **dict.fromkeys(("cumsum", "cumprod"), running),
-    **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "instance_norm"), layer_norm),
+    **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm"), layer_norm),
+    **dict.fromkeys(("group_norm", "instance_norm"), group_norm),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_safe_softmax", "softmin"), softmax),
     **dict.fromkeys((*POOLS, *UPSAMPLINGS, "max_pool2d_with_indices"), pool),
     **dict.fromkeys(("pad", "constant_pad_nd", *PADS), pad),

@@ -115,6 +115,10 @@ SIZES_BY_KIND: dict[type[nn.Module], Callable[[Any, Tensor], dict[str, int]]] = 
     nn.Embedding: lambda _, weight: {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]},
     nn.modules.conv._ConvNd: _convolution,
     nn.modules.batchnorm._NormBase: lambda _, weight: {"num_features": weight.shape[0]},
+    nn.GroupNorm: lambda module, weight: {
+        "num_groups": module.num_groups * weight.shape[0] // module.num_channels,
+        "num_channels": weight.shape[0],
+    },
     nn.PReLU: lambda _, weight: {"num_parameters": weight.shape[0]},
 }
 """How each kind of layer names its sizes."""
