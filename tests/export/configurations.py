@@ -60,6 +60,9 @@ def row(name: str, library_class: Any, config: Any) -> list[str]:
             continue  # heads that share a fixed width: only what there is one of for each head grows with them
         each = sized.listed or has_each_layer(config, sized, library_class)
         cells[feed_forward].append(f"`{sized.field}`{', **one for each layer**' if each else ''}")
+    keys = getattr(config, "num_key_value_heads", None)
+    if isinstance(keys, int) and not any("num_key_value_heads" in cell for cell in cells[False]):
+        cells[False] = []  # keys in one linear with the queries do not grow with their number, and go with query heads
     return [name, *("; ".join(cells[kind]) or "cannot be said" for kind in (True, False))]
 
 
