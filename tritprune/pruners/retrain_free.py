@@ -283,8 +283,8 @@ class RetrainFreePruner(Pruner):
     @torch.no_grad()
     def _score(self, optimizer: torch.optim.Optimizer | None) -> None:
         calibrating = self.calibrating
-        if calibrating and "random" not in self._warned and (names := _random_modules(self.model)):
-            self._warned.add("random")
+        if calibrating and "random" not in self._record.warned and (names := _random_modules(self.model)):
+            self._record.warned.add("random")
             _log.warning(
                 "calibration sees %s in training mode (%d modules, first %s): its gradients are not those of the model "
                 "as it is used; set model.eval() for the first %d steps",
