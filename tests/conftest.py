@@ -14,3 +14,12 @@ settings.register_profile(
 )
 settings.load_profile("tritprune")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gates",
+        choices=["changed", "all"],
+        default="changed",
+        help="machine code: compile a choice of the variants that are as recorded, or every one anew (20 minutes)",
+    )

@@ -1,12 +1,13 @@
 """A process of its own: every launch that the launchers make, compiled for GPUs that need not be there, and measured.
 
-    python tests/kernels/compile_ahead.py sm_90 sm_80:lean gfx942:lean     # every variant, or a covering choice of them
+    echo '{"sm_90": ["bracket._sample_kernel(SIZED=False)"]}' | python tests/kernels/compile_ahead.py
     python tests/kernels/compile_ahead.py --probes sm_90 gfx942            # kernels that the gates must refuse
 
 The launchers run on every case while a recorder stands in for the launch of a kernel, so that signatures, constants and
-options come from real calls. Prints one JSON object: target -> variant -> its figures, or ``{"error": ...}`` if it does
-not compile. gates.py runs this with each supported Triton and judges what it prints. Test helper, not a test module: it
-must not be interpreted.
+options come from real calls. Reads which variants to compile for which targets (a name that no launch has is passed
+over), and prints one JSON object: the version of this Triton, the fingerprint of every variant, a covering choice of
+variants, and target -> variant -> its figures, or ``{"error": ...}`` if it does not compile. gates.py runs this with
+each supported Triton and judges what it prints. Test helper, not a test module: it must not be interpreted.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import fingerprint
 import machine_code
 import probes
 import torch
@@ -62,6 +64,11 @@ class Variant:
     def name(self) -> str:
         """``module.kernel``."""
         return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides its machine code, next to Triton and target."""
+        return fingerprint.of_launch(self.kernel, self.types, self.constants, self.options, self.aligned)
 
     def measure(self, target: GPUTarget) -> dict[str, Any]:
         """Compile, and read the figures off the machine code."""
@@ -146,7 +153,7 @@ def _named(variant: Variant, recorder: Recorder) -> str:
     return f"{variant.name}({', '.join(shown)})"
 
 
-def lean(variants: dict[str, Variant]) -> dict[str, Variant]:
+def covering(variants: dict[str, Variant]) -> list[str]:
     """Few variants in which each kernel meets each value of each constant that is not a size, aligned and not."""
 
     def traits(variant: Variant) -> set[tuple[str, ...]]:
@@ -154,11 +161,10 @@ def lean(variants: dict[str, Variant]) -> dict[str, Variant]:
         return {(variant.name,), *((variant.name, name, value) for name, value in plain.items())}
 
     missing = set().union(*map(traits, variants.values()))
-    chosen: dict[str, Variant] = {}
+    chosen: list[str] = []
     while missing:
-        name = max(variants, key=lambda name: len(traits(variants[name]) & missing))
-        chosen[name] = variants[name]
-        missing -= traits(variants[name])
+        chosen.append(max(variants, key=lambda name: len(traits(variants[name]) & missing)))
+        missing -= traits(variants[chosen[-1]])
     return chosen
 
 
@@ -173,25 +179,25 @@ def probed(target: GPUTarget) -> dict[str, Any]:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Compile what the command line asks for."""
+    """Compile what the input, or the command line, asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="+", metavar="TARGET[:lean]")
-    parser.add_argument("--probes", action="store_true")
+    parser.add_argument("--probes", nargs="+", metavar="TARGET", choices=TARGETS)
     options = parser.parse_args(arguments)
     if kernels.INTERPRETED:
         sys.exit("unset TRITON_INTERPRET")
     torch.set_num_threads(1)
-    variants = {} if options.probes else recorded()
-    results: dict[str, Any] = {}
-    for entry in options.targets:
-        name, _, scope = entry.partition(":")
-        target = TARGETS[name]
-        if options.probes:
-            results[name] = probed(target)
-        else:
-            chosen = lean(variants) if scope == "lean" else variants
-            results[name] = {variant: made.measure(target) for variant, made in chosen.items()}
-    json.dump(results, sys.stdout)
+    if options.probes:
+        json.dump({name: probed(TARGETS[name]) for name in options.probes}, sys.stdout)
+        return
+    asked: dict[str, list[str]] = json.load(sys.stdin)
+    variants = recorded()
+    found = {
+        target: {name: variants[name].measure(TARGETS[target]) for name in names if name in variants}
+        for target, names in asked.items()
+    }
+    fingerprints = {name: variant.fingerprint for name, variant in variants.items()}
+    made = {"triton": triton.__version__, "fingerprints": fingerprints, "covering": covering(variants)}
+    json.dump({**made, "figures": found}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,9 @@ def _score_cases() -> Iterator[Case]:
         types = (w_type, g_type or torch.float32)
         yield _scores(name, (*UGLY, *WIDE), (4, 1), types=types)
         yield _scores(f"{name}, large", WIDE, (16, 16), types=types, exact=False)
+        for block in ((1, 1), (1, 4)):
+            yield _scores(f"{name}, {block[0]}x{block[1]}", WIDE, block, types=types)
+        yield _scores(f"{name}, channels", WIDE, ("R", 1), types=types, exact=False)
     for finish in ("none", "abs", "square"):
         for block in ((4, 1), (3, 5)):
             yield _scores(f"product {block[0]}x{block[1]} {finish}", RAGGED, block, form="product", finish=finish)
@@ -149,6 +152,9 @@ def _score_cases() -> Iterator[Case]:
     for block in ((4, 1), (1, 4)):
         yield _scores(f"l2 {block[0]}x{block[1]}", (*RAGGED, WIDE[0]), block, reduce="l2")
         yield _scores(f"bf16 scores {block[0]}x{block[1]}", (*RAGGED, WIDE[0]), block, state=torch.bfloat16)
+    for block in ((4, 1), (1, 4), (4, 4)):
+        types = (torch.bfloat16, torch.bfloat16)
+        yield _scores(f"bf16 throughout, {block[0]}x{block[1]}", WIDE, block, types=types, state=torch.bfloat16)
     for block in (("R", 1), (16, 16)):
         yield _scores(f"l2 {block[0]}x{block[1]}", RAGGED, block, reduce="l2", exact=False)
     yield _scores("bf16 scores, transposed", RAGGED, (4, 1), state=torch.bfloat16, layout="transposed")

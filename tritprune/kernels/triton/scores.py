@@ -50,13 +50,38 @@ def _element_scores(w_ptrs, g_ptrs, inside, FORM: tl.constexpr):
 
 
 @triton.jit
+def _joined(value, f, REDUCE: tl.constexpr):
+    """The reduction of a unit with one more element score."""
+    if REDUCE == "max":
+        # f >= 0: its bits are ordered as its values are, with NaN above all.
+        value = tl.maximum(value.to(tl.int32, bitcast=True), f.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    else:
+        value += f * f if REDUCE == "l2" else f
+    return value
+
+
+@triton.jit
 def _fold(
-    score_ptrs, inside, value, size, alpha, beta, REDUCE: tl.constexpr, FINISH: tl.constexpr, HAS_STATE: tl.constexpr
+    score_ptrs,
+    inside,
+    value,
+    size,  # elements of each unit; not used if all have SIZE
+    alpha,
+    beta,
+    SIZE: tl.constexpr,
+    REDUCE: tl.constexpr,
+    FINISH: tl.constexpr,
+    HAS_STATE: tl.constexpr,
 ):
     """``S <- alpha * S + beta * r``; without a state S is not read, for 0 * inf is NaN. bf16 is held as int16."""
     BF16: tl.constexpr = score_ptrs.dtype.element_ty == tl.int16
-    if REDUCE == "mean":  # in fp64, once a unit: the same bits, also of denormals, which Triton 3.5 flushes in fp32
-        value = (value.to(tl.float64) / size.to(tl.float64)).to(tl.float32)
+    if REDUCE == "mean" and SIZE != 1:
+        # In fp64, once a unit: the same bits, also of denormals, which Triton 3.5 flushes in fp32. A product where that
+        # is exact: a division takes some 40 instructions, and consumer cards do fp64 at a 64th of the rate.
+        if SIZE > 0 and (SIZE & (SIZE - 1)) == 0:
+            value = (value.to(tl.float64) * (1.0 / SIZE)).to(tl.float32)
+        else:
+            value = (value.to(tl.float64) / size.to(tl.float64)).to(tl.float32)
     if REDUCE == "l2":
         value = tl.sqrt(value.to(tl.float64)).to(tl.float32)
     if FINISH == "abs":
@@ -103,6 +128,7 @@ def _small_units_kernel(
     M: tl.constexpr,
     HAS_STATE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WHOLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -123,31 +149,40 @@ def _small_units_kernel(
 
     value = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
-    for k in tl.static_range(N * M):
-        # Row-major in the layer's own orientation, whatever the kernel's is.
-        i = k % N if TRANSPOSED else k // M
-        j = k // N if TRANSPOSED else k % M
-        r = rows * N + i
-        c = cols * M + j
-        within = inside
-        if N > 1:
-            within = within & (r < n_rows)
-        if M > 1:
-            within = within & (c < n_cols)
-        w_ptrs = w_ptr + at(r, c, w_stride_r, w_stride_c)
-        g_ptrs = g_ptr + at(r, c, g_stride_r, g_stride_c)
-        f, f_bad = _element_scores(w_ptrs, g_ptrs, within, FORM)
-        bad += f_bad
-        if REDUCE == "max":
-            # f >= 0: its bits are ordered as its values are, with NaN above all.
-            value = tl.maximum(value.to(tl.int32, bitcast=True), f.to(tl.int32, bitcast=True))
-            value = value.to(tl.float32, bitcast=True)
-        else:
-            value += f * f if REDUCE == "l2" else f
+    if ALIGNED and WHOLE and M == 4 and not TRANSPOSED:  # a thread reads the four neighbours of a row at once
+        four = cols[:, None] * 4 + tl.arange(0, 4)[None, :]  # [BLOCK, 4]
+        for i in tl.static_range(N):
+            r = (rows * N + i)[:, None]  # [BLOCK, 1]
+            w_ptrs = w_ptr + at(r, four, w_stride_r, w_stride_c)
+            g_ptrs = g_ptr + at(r, four, g_stride_r, g_stride_c)
+            f, f_bad = _element_scores(w_ptrs, g_ptrs, inside[:, None], FORM)
+            bad += tl.sum(f_bad, 1)
+            even, odd = tl.split(tl.reshape(f, [BLOCK, 2, 2]))
+            first, third = tl.split(even)
+            second, fourth = tl.split(odd)
+            value = _joined(
+                _joined(_joined(_joined(value, first, REDUCE), second, REDUCE), third, REDUCE), fourth, REDUCE
+            )
+    else:
+        for k in tl.static_range(N * M):
+            # Row-major in the layer's own orientation, whatever the kernel's is.
+            i = k % N if TRANSPOSED else k // M
+            j = k // N if TRANSPOSED else k % M
+            r = rows * N + i
+            c = cols * M + j
+            within = inside
+            if not WHOLE:
+                within = within & (r < n_rows) & (c < n_cols)
+            w_ptrs = w_ptr + at(r, c, w_stride_r, w_stride_c)
+            g_ptrs = g_ptr + at(r, c, g_stride_r, g_stride_c)
+            f, f_bad = _element_scores(w_ptrs, g_ptrs, within, FORM)
+            bad += f_bad
+            value = _joined(value, f, REDUCE)
 
     size = tl.minimum(n_rows - rows * N, N) * tl.minimum(n_cols - cols * M, M)
+    SIZE: tl.constexpr = N * M if WHOLE else 0
     score_ptrs = score_ptr + at(rows, cols, score_stride_r, score_stride_c)
-    _fold(score_ptrs, inside, value, size, alpha, beta, REDUCE, FINISH, HAS_STATE)
+    _fold(score_ptrs, inside, value, size, alpha, beta, SIZE, REDUCE, FINISH, HAS_STATE)
     if FORM != "magnitude":
         _count_skipped(skipped_ptr, layer, bad)
 
@@ -206,11 +241,7 @@ def _large_units_kernel(
         g_ptrs = g_ptr + at(r, c, g_stride_r, g_stride_c)
         f, f_bad = _element_scores(w_ptrs, g_ptrs, within, FORM)
         bad += f_bad
-        if REDUCE == "max":
-            value = tl.maximum(value.to(tl.int32, bitcast=True), f.to(tl.int32, bitcast=True))
-            value = value.to(tl.float32, bitcast=True)
-        else:
-            value += f * f if REDUCE == "l2" else f
+        value = _joined(value, f, REDUCE)
         start += BLOCK_E
 
     if REDUCE == "max":
@@ -219,7 +250,7 @@ def _large_units_kernel(
         reduced = tl.sum(value, 1)  # [BLOCK_U]
     size = tl.minimum(n_rows - rows * n, n) * tl.minimum(n_cols - cols * m, m)
     score_ptrs = score_ptr + at(rows, cols, score_stride_r, score_stride_c)
-    _fold(score_ptrs, inside, reduced, size, alpha, beta, REDUCE, FINISH, HAS_STATE)
+    _fold(score_ptrs, inside, reduced, size, alpha, beta, 0, REDUCE, FINISH, HAS_STATE)
     if FORM != "magnitude":
         _count_skipped(skipped_ptr, layer, bad)
 
@@ -260,7 +291,8 @@ class _Layer:
         score_type = tl.int16 if self.score.dtype == torch.bfloat16 else tl.float32
         shared = (score_type, TYPES[self.weight.dtype], TYPES[self.gradient.dtype], self._aligned)
         if n * m <= SMALL_UNIT:
-            return (*shared, "small", n, m, self.transposed)
+            whole = self.weight.shape[0] % n == 0 and self.weight.shape[1] % m == 0
+            return (*shared, "small", n, m, self.transposed, whole)
         return (*shared, "large", m == 1, n * m <= 256)
 
     @property
@@ -299,7 +331,7 @@ def accumulate_unit_scores_(
     shared = {"FORM": form, "REDUCE": reduce, "FINISH": finish, "HAS_STATE": alpha != 0}
     for variant, members in multi_tensor.group_by(layers, lambda layer: layer.variant).items():
         s_type, w_type, g_type, aligned, kind, *rest = variant
-        shape = _small_shape(*rest) if kind == "small" else _large_shape(*rest)
+        shape = (_small_shape if kind == "small" else _large_shape)(*rest, aligned)
         block = shape["BLOCK"] if kind == "small" else shape["BLOCK_U"]
         table, owners, tiles = multi_tensor.tables(
             [layer.fields for layer in members], [layer.positions for layer in members], block, skipped.device
@@ -327,12 +359,16 @@ def _oriented(index: int, score: Tensor, weight: Tensor, gradient: Tensor, block
     return _Layer(index, score, weight, gradient, block, False)
 
 
-def _small_shape(n: int, m: int, transposed: bool) -> dict[str, int | bool]:
-    """Four units a thread, or two of the larger ones: all loads of a unit are in flight at once, in registers."""
-    return {"N": n, "M": m, "TRANSPOSED": transposed, "BLOCK": 512 if n * m <= 4 else 256}
+def _small_shape(n: int, m: int, transposed: bool, whole: bool, aligned: bool) -> dict[str, int | bool]:
+    """Four units a thread, or two of the larger ones: all loads of a unit are in flight at once, in registers.
+
+    Single addresses take more registers than wide loads, so half as many units where there is no alignment.
+    """
+    block = 512 if n * m <= 4 else 256
+    return {"N": n, "M": m, "TRANSPOSED": transposed, "WHOLE": whole, "BLOCK": block if aligned else block // 2}
 
 
-def _large_shape(one_column: bool, medium: bool) -> dict[str, int | bool]:
-    """Tiles of 1024 elements: wide across units that are columns, else along the unit."""
-    block_u, block_e = (32, 32) if one_column else (4, 256) if medium else (1, 1024)
-    return {"ONE_COLUMN": one_column, "BLOCK_U": block_u, "BLOCK_E": block_e}
+def _large_shape(one_column: bool, medium: bool, aligned: bool) -> dict[str, int | bool]:
+    """Tiles of 512 elements, or 1024 with wide loads: across units that are columns, a unit a warp, or along a unit."""
+    block_u, block_e = (32, 16) if one_column else (4, 128) if medium else (1, 512)
+    return {"ONE_COLUMN": one_column, "BLOCK_U": block_u, "BLOCK_E": 2 * block_e if aligned and not medium else block_e}
