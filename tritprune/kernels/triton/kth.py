@@ -32,7 +32,7 @@ from tritprune.kernels.threshold_reference import Bounds
 from tritprune.kernels.triton import bracket, multi_tensor
 from tritprune.kernels.triton.bracket import ANSWERED, EVERYTHING, FIELDS, Launch, unit_sizes
 from tritprune.kernels.triton.multi_tensor import load_pointer, load_size
-from tritprune.kernels.triton.order import Order, SearchLayer, load_bounds, load_standing
+from tritprune.kernels.triton.order import BITS, Order, load_bounds, load_standing
 from tritprune.kernels.units import UnitGrid
 
 PASSES = 4
@@ -203,7 +203,7 @@ def kth_score_of_all(
     units, sized = sum(grid.units for grid in grids), not bracket.one_size(grids)
     sampling = get_sampling()
     sampled = units >= sampling.least
-    launches = _launches(order.layers, sampling, device)
+    launches = _launches(order, sampling, device)
     programs = launches[0].programs
     parts = [2 * (PASSES + 1), 4, PASSES * BINS.value, 5 * programs]  # each but the last of whole 16 bytes
     state, verdict, histogram, tally = torch.zeros(sum(parts), dtype=torch.int64, device=device).split(parts)
@@ -229,8 +229,9 @@ def kth_score_of_all(
     return threshold, remainder
 
 
-def _launches(layers: Sequence[SearchLayer], sampling: Sampling, device: torch.device) -> list[Launch]:
+def _launches(order: Order, sampling: Sampling, device: torch.device) -> list[Launch]:
     """A launch for every kind of layer: ragged or not, aligned or not."""
+    layers, packed = order.layers, order.constants["KEPT"] == BITS.value
     grids = [layer.grid for layer in layers]
     groups = multi_tensor.group_by(layers, lambda layer: layer.variant)
     tiles = {variant: sum(-(-one.grid.units // _TILE) for one in members) for variant, members in groups.items()}
@@ -243,7 +244,7 @@ def _launches(layers: Sequence[SearchLayer], sampling: Sampling, device: torch.d
         fields = [(*shared, *layer.fields, programs, capacity, *layer.marks) for layer in members]
         counts = [layer.grid.units for layer in members]
         table, owners, _ = multi_tensor.tables(fields, counts, _TILE, device)
-        block = 512 if ragged or sized else 1024
+        block = 512 if ragged or sized or packed else 1024  # 1024 would need more registers than there are
         constants = {"RAGGED": ragged, "ALIGNED": aligned, "BLOCK": block, "ROUNDS": _TILE // block}
         launches.append(Launch(table, owners, tiles[ragged, aligned], programs, capacity, constants))
     return launches

@@ -104,15 +104,18 @@ def restore_masks_(masks: Sequence[Tensor], previous: Sequence[Tensor], conditio
     """See :func:`tritprune.kernels.reference.restore_masks_`; at most one launch for aligned masks, one for others."""
     layers = [(index, mask, old.contiguous()) for index, (mask, old) in enumerate(zip(masks, previous, strict=True))]
     for aligned, members in multi_tensor.group_by(layers, lambda layer: _variant(*layer)[1]).items():
-        table, owners, tiles = _table_of(members, condition.device)
-        multi_tensor.launch(_restore_kernel, tiles, condition, table, owners, ALIGNED=aligned, BLOCK=_BLOCK)
+        block = _BLOCK if aligned else _BLOCK // 2  # byte by byte it takes twice the registers
+        table, owners, tiles = _table_of(members, condition.device, block)
+        multi_tensor.launch(_restore_kernel, tiles, condition, table, owners, ALIGNED=aligned, BLOCK=block)
 
 
-def _table_of(members: Sequence[tuple[int, Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, int]:
+def _table_of(
+    members: Sequence[tuple[int, Tensor, Tensor]], device: torch.device, block: int = _BLOCK
+) -> tuple[Tensor, Tensor, int]:
     return multi_tensor.tables(
         [(index, mask.data_ptr(), old.data_ptr(), mask.numel()) for index, mask, old in members],
         [mask.numel() for _, mask, _ in members],
-        _BLOCK,
+        block,
         device,
     )
 
