@@ -207,6 +207,7 @@ MISTAKES = [
     ([*SMOKE, "pruner=neural_compressor", "pruner.config={end_stop: 30}"], ["did you mean 'end_step'"]),
     ([*SMOKE, "pruner=neural_compressor", "pruner.config={end_step: 500}"], ["500", "60"]),
     ([*SMOKE, "run_dir=/proc/1/nope"], ["/proc/1/nope", "run_dir="]),
+    ([*SMOKE, "hydra.run.dir=/proc/1/nope"], ["the run folder /proc/1/nope cannot be written", "run_dir="]),
 ]
 
 
