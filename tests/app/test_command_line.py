@@ -177,6 +177,8 @@ MISTAKES = [
         ["training.after_slim=9 trains the slim model", "slimmer=none"],
     ),
     ([*SMOKE, "training.after_slim=9", "slimmer.uniform=true"], ["training.after_slim=9 would bring to life"]),
+    ([*SMOKE, "plan=true", "slimmer.save_as=[onxx]"], ["unknown kind of file 'onxx'; did you mean 'onnx'"]),
+    ([*SMOKE, "plan=true", "training.after_slim=9", "slimmer=none"], ["training.after_slim=9 trains the slim model"]),
     (["verify=nowhere"], ["verify=nowhere: no run is there"]),
     (["experiment=bert_4x2"], ["bert_4x1", "bert_slim"]),
     ([*SMOKE, "criterion=snipp"], ["snip", "magnitude"]),
@@ -205,6 +207,7 @@ MISTAKES = [
     ([*SMOKE, "pruner=neural_compressor", "pruner.config={end_stop: 30}"], ["did you mean 'end_step'"]),
     ([*SMOKE, "pruner=neural_compressor", "pruner.config={end_step: 500}"], ["500", "60"]),
     ([*SMOKE, "run_dir=/proc/1/nope"], ["/proc/1/nope", "run_dir="]),
+    ([*SMOKE, "hydra.run.dir=/proc/1/nope"], ["the run folder /proc/1/nope cannot be written", "run_dir="]),
 ]
 
 

@@ -191,6 +191,8 @@ def test_rounds_decide_on_the_speed_where_there_are_ratios(
     for batch in ("1", "32"):
         result["rows"][2]["latency"][batch] |= {"ratio": ratio, "ratio_low": low, "ratio_high": high}
     assert words.speed(result, "32") == (ratio, kind)
+    result["rows"][2]["latency"]["32"]["repeats"] = 5
+    assert words.speed(result, "32") == (ratio, "as fast")
 
 
 def test_sampling_note(result: dict[str, Any]) -> None:

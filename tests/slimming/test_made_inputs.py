@@ -1,5 +1,7 @@
 """Inputs from the configuration, the signature and the first layer; what cannot be told is refused by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -50,7 +52,19 @@ class Tokens(nn.Module):
         return self.out(self.table(input_ids)) * scale
 
 
+class Named(nn.Module):
+    """One argument, by keyword alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, *, values):
+        return self.layer(values)
+
+
 PLAIN = [
+    (Named, {"values": [2, 6]}),
     (lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), [2, 6]),
     (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, 2)), [2, 3, 28, 28]),
     (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.AdaptiveAvgPool1d(1)), [2, 2, 32]),
@@ -71,6 +85,34 @@ def test_a_model_of_ones_own_is_known_by_its_first_layer(build, shape):
     ModelInputs.of(made).call(model)
 
 
+class Images(nn.Module):
+    """With a configuration of its own, which may say sizes in several ways or leave them open."""
+
+    def __init__(self, **said):
+        super().__init__()
+        self.config, self.layer = SimpleNamespace(**said), nn.Conv2d(3, 2, 3)
+
+    def forward(self, pixel_values):
+        return self.layer(pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("said", "sides"),
+    [
+        ({"image_size": {"height": 30, "width": 40}, "num_channels": None}, [30, 40]),
+        ({"image_size": [30, 40]}, [30, 40]),
+        ({"image_size": {"longest_edge": 40}, "num_mel_bins": 0, "max_source_positions": -1}, [224, 224]),
+    ],
+)
+def test_an_images_size_is_read_as_a_configuration_may_say_it(said, sides):
+    assert list(make_inputs(Images(**said))["pixel_values"].shape) == [2, 3, *sides]
+
+
+class Open(nn.Module):
+    def forward(self, query=None, passage=None):
+        return query
+
+
 class Two(nn.Module):
     def forward(self, query, passage):
         return query @ passage
@@ -80,6 +122,7 @@ class Two(nn.Module):
     ("model", "message"),
     [
         (Two(), "can be made for Two, whose forward needs query, passage; give example_inputs, or a dataloader"),
+        (Open(), "can be made for Open, whose forward can do without query, passage; give"),
         (
             nn.Sequential(nn.Linear(4, 3), nn.Linear(2, 2)),
             r"for Sequential: it does not run on \[2, 4\]; \[2, 8, 4\] \(the last: mat1 and mat2 shapes",

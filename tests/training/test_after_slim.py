@@ -219,6 +219,18 @@ def test_a_run_that_was_stopped_before_its_final_model_does_not_verify(finished,
     assert finding.what == "tuned/: hashes, and the model loads"
 
 
+def test_a_final_model_that_was_removed_with_its_records_is_missed(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(folder / "tuned")
+    for name in ("tuning.json", "slim_masks.safetensors"):
+        (folder / name).unlink()
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"exports": [{"path": "tuned.pt2"}]}))
+    missed, file = [finding for finding in verify_run(folder) if not finding.holds]
+    assert missed.what == "tuned/: hashes, and the model loads"
+    assert file.detail == "tuned.pt2 is missing"
+
+
 @pytest.mark.parametrize("value", [-1, 0.5, "two", True, None, "-1ep"])
 def test_a_length_that_is_none_is_refused(value):
     with pytest.raises(

@@ -151,13 +151,15 @@ def test_a_program_made_of_the_slim_model_is_held_against_its_hash_and_the_certi
     del record["files"][0]["sha256"]
     (run / "exports.json").write_text(json.dumps(record))
     assert "records no hash of slim.pt2: the run is of an older version" in verdicts(run)[1][0].detail
+    (run / "exports.json").write_text('{"files": 3}')
+    assert verdicts(run)[1][0].detail == "exports.json knows nothing of slim.pt2"
     (run / "exports.json").write_text("[]")
     assert "exports.json is damaged" in verdicts(run)[1][0].detail
     (run / "exports.json").unlink()
     assert verdicts(run)[1][0].detail == "exports.json knows nothing of slim.pt2"
     shutil.copy(run / "masks.safetensors", run / "slim.onnx")
     program.unlink()
-    assert [finding.what.partition(":")[0] for finding in verdicts(run)[1]] == ["slim.onnx"]
+    assert [finding.what.partition(":")[0] for finding in verdicts(run)[1]] == ["slim.onnx", "slim.pt2"]
 
 
 def test_other_counts_are_found(run):

@@ -106,14 +106,9 @@ class Attempt:
         """Build everything, check everything, then run."""
         config = self.config
         set_backend(config["kernels"]["backend"])
-        for plugin in config["plugins"]:
-            _import_plugin(plugin)
-        inline_files(config)
-        settings = TrainingSettings.from_config(config["training"])
+        settings = self._settings()
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        _one_of("control", config["control"], (None, "random"))
-        _check_slimmer(config["slimmer"], settings.after_slim)
         task = get_task(config["task"])
         tracker = get_tracker(config["tracker"])
         make_pruner = PrunerMaker(config, settings, task)
@@ -124,7 +119,7 @@ class Attempt:
             control=config["control"],
             tracer=config["slimmer"]["tracer"],
             init_from=Path(config["init_from"]) if config["init_from"] else None,
-            round_to=_whole_number("slimmer.round_to", config["slimmer"].get("round_to", 1)),
+            round_to=config["slimmer"].get("round_to", 1),
             uniform=bool(config["slimmer"].get("uniform", False)),
             save_as=tuple(config["slimmer"].get("save_as") or ()),
         )
@@ -182,10 +177,7 @@ class Attempt:
         """Say what the run would prune; no data is read, nothing is trained, no folder is made."""
         config = self.config
         _one_of("plan", config["plan"], (False, True, "json"))
-        for plugin in config["plugins"]:
-            _import_plugin(plugin)
-        inline_files(config)
-        settings = TrainingSettings.from_config(config["training"])
+        settings = self._settings()
         task = get_task(config["task"])
         init_from = Path(config["init_from"]) if config["init_from"] else None
         model = starting_model(task, config["seed"], init_from)
@@ -198,6 +190,17 @@ class Attempt:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         for part in plan_view(plan, foresights, parameters, shlex.join(words)):
             self.console.print(part)
+
+    def _settings(self) -> TrainingSettings:
+        """Take in plugins and files, and refuse what is wrong by itself: of a run and of its plan alike."""
+        config = self.config
+        for plugin in config["plugins"]:
+            _import_plugin(plugin)
+        inline_files(config)
+        settings = TrainingSettings.from_config(config["training"])
+        _one_of("control", config["control"], (None, "random"))
+        _check_slimmer(config["slimmer"], settings.after_slim)
+        return settings
 
     def verify(self) -> int:
         """Hold a finished run against its records and show a verdict on each; the exit status."""
@@ -286,6 +289,9 @@ def _check_slimmer(values: Mapping[str, Any], after_slim: int | str) -> None:
                 renamed(f"slimmer.{key}") or f"slimmer has no key '{key}'; {did_you_mean(key, SLIMMER_KEYS)}"
             )
     _one_of("slimmer.tracer", values["tracer"], (None, *TRACERS))
+    round_to = values.get("round_to", 1)
+    if type(round_to) is not int or round_to < 1:
+        raise ConfigError(f"slimmer.round_to is a whole number from 1 on, got {round_to!r}")
     kinds = values.get("save_as") or ()
     if isinstance(kinds, str):
         raise ConfigError(f"slimmer.save_as is a list, as in slimmer.save_as=[{kinds}]")
@@ -300,12 +306,6 @@ def _check_slimmer(values: Mapping[str, Any], after_slim: int | str) -> None:
             f"slimmer.uniform=true pads with dead units, which training.after_slim={after_slim} would bring to life; "
             "leave one of them out"
         )
-
-
-def _whole_number(name: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{name} is a whole number from 1 on, got {value!r}")
-    return value
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:

@@ -94,6 +94,10 @@ def main(config_tree: Path) -> int:
             traceback.print_exc()
         line.console.print(Text(f"error: {explain(error)}", style="red"))
         return REFUSED
+    except OSError as error:  # hydra makes the folders that it is told itself
+        said = f"error: the run folder {error.filename} cannot be written: {error.strerror or error}"
+        line.console.print(Text(f"{said}; choose another with run_dir=...", style="red"))
+        return REFUSED
     line.finish_sweep()
     return line.status
 

@@ -13,7 +13,7 @@ A made input has to run: of several sizes that a model might take, the first tha
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -88,12 +88,15 @@ def _candidates(model: nn.Module) -> Iterator[Any]:
             yield {name: makers[name]()[:rows] for name in chosen}
         return
     if len(needed) != 1:
-        what = f"needs {', '.join(needed)}" if needed else "names no argument"
+        optional = f"can do without {', '.join(p.name for p in named)}" if named else "names no argument"
+        what = f"needs {', '.join(needed)}" if needed else optional
         raise ConfigError(
             f"no inputs can be made for {type(model).__name__}, whose forward {what}; "
             "give example_inputs, or a dataloader"
         )
-    yield from _for_first_layer(model)
+    by_name = any(p.name == needed[0] and p.kind is p.KEYWORD_ONLY for p in named)
+    for made in _for_first_layer(model):
+        yield {needed[0]: made} if by_name else made
 
 
 def _makers(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
@@ -107,14 +110,26 @@ def _makers(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
         if getattr(config, "is_encoder_decoder", False):
             found["decoder_input_ids"] = found["input_ids"]
     if config is not None:
-        size = getattr(config, "image_size", None) or 224
-        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        found["pixel_values"] = lambda: _waves(model, (ROWS, getattr(config, "num_channels", 3), *sides))
+        channels = getattr(config, "num_channels", None)
+        image = (ROWS, channels if _is_size(channels) else 3, *_sides(getattr(config, "image_size", None)))
+        found["pixel_values"] = lambda: _waves(model, image)
         found["input_values"] = lambda: _waves(model, (ROWS, 16000))
         bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
-        if isinstance(bins, int) and isinstance(frames, int):
+        if _is_size(bins) and _is_size(frames):
             found["input_features"] = lambda: _waves(model, (ROWS, bins, 2 * frames))
     return found
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and value > 0
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    """Height and width of an image: a number, two of them, or a mapping of both; 224 where it is none of these."""
+    named = [size.get("height"), size.get("width")] if isinstance(size, Mapping) else size
+    sides = tuple(named) if isinstance(named, list | tuple) else (named, named)
+    told = tuple(side for side in sides if _is_size(side))
+    return told if len(told) == len(sides) else (224, 224)
 
 
 def first_layer(model: nn.Module) -> nn.Module | None:

@@ -72,7 +72,7 @@ class _Verification:
             yield self._held("masks: as recorded, and pruned/ is zero there", lambda: self._masks(pruning))
         if not slimmed:
             result = self._read(RESULT) if (self.folder / RESULT).is_file() else {}
-            rows = [row.get("model") for row in result.get("rows", ())]
+            rows = [row.get("model") for row in _mappings(result, "rows")]
             none = result.get("status") == "finished" and SLIM not in rows
             missing = "slim/ and its records are missing: they were removed, or the run did not get that far"
             yield Finding("slim model", none, "this run has none (slimmer=none)" if none else missing)
@@ -83,19 +83,19 @@ class _Verification:
             yield self._held("pruned/: the outputs of the certificate", lambda: self._outputs(PRUNED))
         if {PRUNED, SLIM} <= self.models.keys():
             yield self._held("slim/ against pruned/, module by module", self._modules)
-        if any((self.folder / name).exists() for name in (SLIM_MASKS, TUNED, TUNING)):
+        try:
+            ended_with, exported = self._told(), self._exported()
+        except CheckpointError as error:
+            yield Finding(f"{RESULT} and {EXPORTS}: what the run made", False, str(error))
+            return
+        if TUNED in ended_with or any((self.folder / name).exists() for name in (SLIM_MASKS, TUNED, TUNING)):
             yield self._held(f"{TUNED}/: hashes, and the model loads", lambda: self._loads(TUNED))
             if TUNED in self.models:
                 yield self._held(f"{TUNED}/: the certified slim model, trained further", self._trained_further)
-        try:
-            exported = self._exported()
-        except CheckpointError as error:
-            yield Finding(f"{EXPORTS}: what was made of slim/", False, str(error))
-            return
         for kind, slim_file in FILES.items():
             for model in (SLIM, TUNED):
                 name = slim_file.replace(SLIM, model)
-                if (self.folder / name).exists() or name in exported:
+                if (self.folder / name).exists() or name in exported or name in ended_with:
                     yield self._held(
                         f"{name}: SHA-256, and the outputs of {model}/",
                         lambda kind=kind, name=name, model=model: self._file(kind, name, model, exported.get(name)),
@@ -164,12 +164,15 @@ class _Verification:
             raise CertificateError(f"{name}/ does not give the outputs that {CERTIFICATE} certifies")
         return f"{cases} inputs, every output within the tolerance"
 
+    def _told(self) -> set[str]:
+        """The models and files that the result says the run ended with; empty if it has not ended."""
+        result = self._read(RESULT) if (self.folder / RESULT).is_file() else {}
+        rows = {str(row["model"]) for row in _mappings(result, "rows") if "model" in row}
+        return rows | _by_path(result, "exports").keys()
+
     def _exported(self) -> dict[str, dict[str, Any]]:
         """What the run recorded of the files that it made of the slim model, by name; empty if it made none."""
-        if not (self.folder / EXPORTS).is_file():
-            return {}
-        files = self._read(EXPORTS).get("files")
-        return {str(made["path"]): made for made in files or () if isinstance(made, dict) and "path" in made}
+        return _by_path(self._read(EXPORTS), "files") if (self.folder / EXPORTS).is_file() else {}
 
     def _file(self, kind: str, name: str, model: str, recorded: dict[str, Any] | None) -> str:
         path = self.folder / name
@@ -225,6 +228,16 @@ def _at(record: dict[str, Any], *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _mappings(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The mappings in a record's list; none where it has no such list."""
+    value = record.get(key)
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _by_path(record: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    return {str(entry["path"]): entry for entry in _mappings(record, key) if "path" in entry}
 
 
 def _zeros(masks: MaskSet, model: nn.Module, where: str) -> int:
