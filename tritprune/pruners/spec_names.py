@@ -155,10 +155,15 @@ class SpecNames:
         """Nothing."""
 
     def on_train_end(self) -> None:
-        """Let go of the layers, as :meth:`Pruner.detach` does."""
+        """Let go of the layers, as :meth:`Pruner.detach` does.
+
+        Raises:
+            NonFiniteScoreError: at the last mask update.
+        """
         if self._by_hand:
             self._by_hand = False
             release(self, self._views)
+            self._record.settle()
 
     def on_before_eval(self) -> None:
         """Nothing: a forward pass never prunes."""
