@@ -8,7 +8,7 @@ import torch
 
 from tritprune.errors import NonFiniteScoreError
 from tritprune.optim import MaskedSGD
-from tritprune.pruners import OneShotPruner, ProgressivePruner, Pruner
+from tritprune.pruners import OneShotPruner, ProgressivePruner, Pruner, record
 from tritprune.pruners.reading import start_reading
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -161,6 +161,22 @@ def test_a_callback_may_detach_the_pruner(on, net, train, later):
     train(net, optimizer, 5)
     assert pruner.step == 3
     assert all(optimizer.masks_of(parameter) is None for parameter in net.parameters())
+
+
+def test_an_update_before_a_capture_is_told_after_it_too(net, sgd, train, later, monkeypatch):
+    later()
+    optimizer, events = sgd(net), []
+    pruner = Pruner(net, **{**SETTINGS, "frequency": 1})
+    pruner.on_update(events.append)
+    pruner.attach(optimizer)
+    train(net, optimizer, 3)
+    monkeypatch.setattr(record, "capturing", lambda: True)
+    train(net, optimizer, 1, first=3)
+    assert len(events) < 3
+    monkeypatch.undo()
+    pruner.settle()
+    steps = [event.step for event in events]
+    assert steps == list(range(steps[0], 5))
 
 
 def test_the_numbers_are_waited_for_on_their_own_device(monkeypatch):
