@@ -280,5 +280,11 @@ def test_states_and_parameters_that_it_cannot_step_on_are_refused():
     theirs = torch.optim.AdamW(two_layers().parameters(), amsgrad=True)
     with pytest.raises(ConfigError, match="has no amsgrad"):
         MaskedAdamW(two_layers().parameters()).load_state_dict(theirs.state_dict())
+    with pytest.raises(ConfigError, match="MaskedSGD has no maximize"):  # it would go downhill
+        MaskedSGD([{"params": list(two_layers().parameters()), "maximize": True}])
+    optimizer = MaskedAdamW(two_layers().parameters())
+    with pytest.raises(ConfigError, match="MaskedAdamW has no amsgrad"):
+        optimizer.add_param_group({"params": list(two_layers().parameters()), "amsgrad": True})
+    assert len(optimizer.param_groups) == 1
     with pytest.raises(ConfigError, match="gaps in memory"):
         MaskedSGD([nn.Parameter(torch.randn(4, 4, 6)[:, :, :3])])

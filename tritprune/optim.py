@@ -75,8 +75,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """As in torch.
 
         Raises:
-            ConfigError: a parameter that is not fp32, or has gaps in memory.
+            ConfigError: a parameter that is not fp32, or has gaps in memory; amsgrad or maximize.
         """
+        self._refuse_what_it_has_not([param_group])
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dtype != torch.float32:
@@ -130,13 +131,16 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Masks are the pruner's: a copy begins without, an optimizer that takes up a state keeps its own."""
-        for group in state.get("param_groups", ()):
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise ConfigError(f"{type(self).__name__} has no {name}, which the state to load was made with")
+        self._refuse_what_it_has_not(state.get("param_groups", ()), ", which the state to load was made with")
         super().__setstate__(state)
         if "_masks" not in vars(self):
             self._masks = {}
+
+    def _refuse_what_it_has_not(self, groups: Iterable[Mapping[str, Any]], why: str = "") -> None:
+        for group in groups:
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise ConfigError(f"{type(self).__name__} has no {name}{why}")
 
     def _two_dimensional(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of the parameters' shapes as ``[R, C]``, by the mask's view or as one row."""

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tritprune.errors import NonFiniteScoreError
-from tritprune.pruners import OneShotPruner, ProgressivePruner, Pruner
+from tritprune.optim import MaskedSGD
+from tritprune.pruners import OneShotPruner, ProgressivePruner, Pruner, record
+from tritprune.pruners.reading import start_reading
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
@@ -116,6 +118,91 @@ def test_scores_that_are_not_finite_leave_the_masks_and_are_told_with_their_step
         optimizer.step()
     for mask, old in zip(pruner.masks.values(), before, strict=True):
         assert torch.equal(mask.mask, old)
+
+
+def test_a_prune_step_at_step_0_is_told_by_attach(net, sgd, later):
+    later()
+    events = []
+    settings = {"criterion": "magnitude", "target_sparsity": 0.5, "start_step": 0}
+    pruner = OneShotPruner(net, **settings)
+    pruner.on_update(events.append)
+    pruner.attach(sgd(net))
+    assert [event.step for event in events] == [0]
+    pruner.detach()
+    net.first.weight.data[0, 0] = float("nan")
+    pruner = OneShotPruner(net, **settings)
+    with pytest.raises(NonFiniteScoreError, match="at step 0"):
+        pruner.attach(sgd(net))
+    assert not pruner.attached
+    assert not pruner._groups[0].prunes
+
+
+def test_the_end_of_a_loop_that_calls_the_functions_tells_the_last_update(net, sgd, train, later):
+    later()
+    optimizer, events = sgd(net), []
+    pruner = OneShotPruner(net, target_sparsity=0.5, start_step=1)
+    pruner.on_update(events.append)
+    pruner.on_train_begin()
+    train(net, optimizer, 1, first=0)  # gradients
+    pruner.on_before_optimizer_step()
+    pruner.on_after_optimizer_step()
+    assert not events
+    pruner.on_train_end()
+    assert [event.step for event in events] == [1]
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_callback_may_detach_the_pruner(on, net, train, later):
+    later(on)
+    optimizer = MaskedSGD(net.parameters(), lr=0.05)
+    pruner = Pruner(net, **SETTINGS)
+    pruner.on_update(lambda event: pruner.detach())
+    pruner.attach(optimizer)
+    train(net, optimizer, 5)
+    assert pruner.step == 3
+    assert all(optimizer.masks_of(parameter) is None for parameter in net.parameters())
+
+
+def test_an_update_before_a_capture_is_told_after_it_too(net, sgd, train, later, monkeypatch):
+    later()
+    optimizer, events = sgd(net), []
+    pruner = Pruner(net, **{**SETTINGS, "frequency": 1})
+    pruner.on_update(events.append)
+    pruner.attach(optimizer)
+    train(net, optimizer, 3)
+    monkeypatch.setattr(record, "capturing", lambda: True)
+    train(net, optimizer, 1, first=3)
+    assert len(events) < 3
+    monkeypatch.undo()
+    pruner.settle()
+    steps = [event.step for event in events]
+    assert steps == list(range(steps[0], 5))
+
+
+def test_the_numbers_are_waited_for_on_their_own_device(monkeypatch):
+    """Which need not be the current one, whose stream knows nothing of the copy."""
+    recorded = []
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append(stream)
+
+    def empty(shape, dtype, pin_memory):
+        assert pin_memory
+        return torch.zeros(shape, dtype=dtype)
+
+    class OnAnotherDevice(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda:1")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    monkeypatch.setattr(torch, "empty", empty)
+    numbers = torch.tensor([3, 4]).as_subclass(OnAnotherDevice)
+    on_its_way, arrived = start_reading(numbers)
+    assert on_its_way.tolist() == [3, 4]
+    assert isinstance(arrived, Event)
+    assert recorded == ["stream of cuda:1"]
 
 
 def test_a_pruner_that_needs_the_numbers_reads_at_once(net, sgd, train, later):

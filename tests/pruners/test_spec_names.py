@@ -70,9 +70,10 @@ def test_the_functions_need_no_train_begin_and_a_step_at_0_prunes(make_net, sgd)
     rival.on_train_end()
 
 
-def test_reset_state_cannot_be_honoured_without_the_optimizer(net):
-    with pytest.raises(ConfigError, match="attach"):
-        Pruner(net, **SETTINGS, reset_state=True).on_train_begin()
+@pytest.mark.parametrize("setting", [{"reset_state": True}, {"regularizer": "group_lasso"}])
+def test_what_needs_the_optimizer_cannot_be_honoured_without_it(setting, net):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))} needs the optimizer: call attach"):
+        Pruner(net, **SETTINGS, **setting).on_train_begin()
 
 
 def test_the_attributes_have_their_names(net, sgd, train):

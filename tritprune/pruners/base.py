@@ -361,6 +361,7 @@ class Pruner(SpecNames):
                 self._apply()
             if event is not None:
                 self._tell(event)
+            self.settle()  # what step 0 has to say is said where it was asked for, on a GPU too
         self._begun = True
 
     def _before_step(self, optimizer: torch.optim.Optimizer | None, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -370,6 +371,8 @@ class Pruner(SpecNames):
             None, or the arguments of the step with the closure replaced.
         """
         self.settle()
+        if optimizer is not self._optimizer:  # whom the event was told has detached the pruner
+            return None
         self._guard.look(self._held, self.step)
         self._skips_step = False
         arguments = after_closure(args, kwargs, lambda: self._score(optimizer))

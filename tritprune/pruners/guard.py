@@ -19,6 +19,7 @@ from tritprune.kernels import count_violations
 from tritprune.patterns import Block, WeightView, plain_modules
 from tritprune.pruners.group import LayerGroup
 from tritprune.pruners.masks import LayerMask
+from tritprune.pruners.reading import start_reading
 from tritprune.pruners.reports import LayerCount
 
 MODES = ("off", "on")
@@ -137,11 +138,10 @@ class Watch:
         self._seen = torch.stack([torch.maximum(counts, found), since])
         if not arrived:  # a copy that is on its way is read before the next one sets out
             return
-        self._read = torch.empty(self._seen.shape, dtype=torch.int64, pin_memory=found.is_cuda)
-        self._read.copy_(self._seen, non_blocking=True)
         if found.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._read, self._arrived = start_reading(self._seen)
+        else:
+            self._read = self._seen.cpu()
 
     def report(self) -> None:
         """Read everything back now.

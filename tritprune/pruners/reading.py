@@ -19,16 +19,22 @@ class Reading:
         self._numbers = numbers
         self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda and not capturing():
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._numbers, self._arrived = start_reading(numbers)
 
     def wait(self) -> list[int]:
         """The numbers; waits for the copy if it is still under way."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers.cpu().numpy().tolist()
+
+
+def start_reading(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy of CUDA numbers that is under way into pinned memory, and the event that says when it is there."""
+    copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(numbers.device))  # their device need not be the current one
+    return copy, arrived
 
 
 def capturing() -> bool:

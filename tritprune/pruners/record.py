@@ -21,7 +21,7 @@ class Record:
         self.warned: set[str] = set()
         self.callbacks: list[Callable[[PruneEvent], None]] = []
         self._units = units
-        self._unread: tuple[Unread, float] | None = None
+        self._unread: list[tuple[Unread, float]] = []  # several only where some are captured in a CUDA graph
 
     def note(self, update: Update, target: float) -> PruneEvent:
         """Take up what an update did, at a target sparsity over all layers."""
@@ -42,20 +42,19 @@ class Record:
         return self.last_event
 
     def expect(self, unread: Unread, target: float) -> None:
-        """Take up later what an update did; the one before it is taken up now, if it has not been."""
+        """Take up later what an update did; those before it are taken up now, if they have not been and can be."""
         self.settle()
-        self._unread = (unread, target)
+        self._unread.append((unread, target))
 
     def settle(self) -> None:
-        """Take up an update that has not been read, and tell it. Not while a CUDA graph is captured.
+        """Take up updates that have not been read, and tell them. Not while a CUDA graph is captured.
 
         Raises:
             NonFiniteScoreError: its scores were NaN or infinite; the masks before it have stayed in force.
         """
-        if self._unread is None or capturing():
-            return
-        (unread, target), self._unread = self._unread, None
-        self.tell(self.note(unread.read(), target))
+        while self._unread and not capturing():
+            unread, target = self._unread.pop(0)
+            self.tell(self.note(unread.read(), target))
 
     def tell(self, event: PruneEvent) -> None:
         """Call everybody who wants to know."""

@@ -118,13 +118,15 @@ class SpecNames:
         """Before the first step: a prune step at step 0 happens now. Does nothing while attached.
 
         Raises:
-            ConfigError: another pruner is at work on one of the layers, or ``reset_state``, which needs the optimizer.
+            ConfigError: another pruner is at work on one of the layers, or ``reset_state`` or a regularizer, which need
+                the optimizer.
         """
         del dataloader
         if self._optimizer is not None or self._by_hand:
             return
-        if any(settings.reset_state for settings in self.groups):
-            raise ConfigError("reset_state needs the optimizer: call attach(optimizer) instead of the functions")
+        for setting in ("reset_state", "regularizer"):
+            if any(getattr(settings, setting) for settings in self.groups):
+                raise ConfigError(f"{setting} needs the optimizer: call attach(optimizer) instead of the functions")
         claim(self, self._views)
         self._by_hand = True
         self._begin()
@@ -155,10 +157,15 @@ class SpecNames:
         """Nothing."""
 
     def on_train_end(self) -> None:
-        """Let go of the layers, as :meth:`Pruner.detach` does."""
+        """Let go of the layers, as :meth:`Pruner.detach` does.
+
+        Raises:
+            NonFiniteScoreError: at the last mask update.
+        """
         if self._by_hand:
             self._by_hand = False
             release(self, self._views)
+            self._record.settle()
 
     def on_before_eval(self) -> None:
         """Nothing: a forward pass never prunes."""
