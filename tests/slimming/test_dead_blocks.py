@@ -187,6 +187,18 @@ def test_an_attention_that_adds_what_is_zero_in_the_example_keeps_a_head():
     assert [cut.after for cut in slim_model(nn.Sequential(model), torch.zeros(2, 5, 8)).cuts] == [1]
 
 
+def test_the_hooks_of_a_removed_attention_stay():
+    model, seen = Block(Attention()).eval(), []
+    model.attention.register_forward_hook(lambda module, arguments, made: seen.append(made.shape))
+    with torch.no_grad():
+        model.attention.value.weight.zero_()
+    slim = slim_model(model, torch.randn(2, 5, 8)).model
+    seen.clear()
+    slim(torch.randn(3, 4, 8))
+    assert isinstance(slim.attention, RemovedAttention)
+    assert seen == [(3, 4, 8)]
+
+
 class OfMemory(Attention):
     """Its queries come second."""
 

@@ -13,13 +13,14 @@ from tritprune.slimming.model_inputs import ModelInputs, evaluating
 from tritprune.slimming.nodes import Graph
 
 KEEPS_CACHE = "it keeps keys and values for the tokens to come"
+CALL_HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward", "_backward")) or "full_backward" in key]
 
 
 class RemovedAttention(nn.Module):
     """Stands where an attention was that had no living head: ``y = b`` for each token, b the output linear's bias.
 
     It takes what the attention took. In the place of attention weights and whatever else the attention returned behind
-    its result, it returns None.
+    its result, it returns None; ``output_attentions`` of transformers, which goes by classes, passes it over.
 
     Args:
         output: dotted name, within the attention, of its output linear, which reads nothing now; None where that linear
@@ -46,8 +47,9 @@ class RemovedAttention(nn.Module):
 
     @classmethod
     def of(cls, module: nn.Module, output: str | None, returns: int) -> "RemovedAttention":
-        """The stand-in for ``module``, in the same mode."""
+        """The stand-in for ``module``, in the same mode and with the hooks that its calls have."""
         made = cls(output, None if output is None else module.get_submodule(output), returns)
+        vars(made).update({key: value for key, value in vars(module).items() if key in CALL_HOOKS})
         return made.train(module.training)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
