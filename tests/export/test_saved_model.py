@@ -387,6 +387,19 @@ def test_a_class_of_ones_own_loads_when_its_module_is_named(mine, tmp_path):
     assert_same_state(built, result.model)
 
 
+def test_a_class_of_ones_own_loads_after_it_was_slimmed_twice(mine, tmp_path):
+    arguments = {"width": 8}
+    first = slim_model(mine, torch.rand(2, 3))
+    loaded = tritprune.load(tritprune.save(first, tmp_path / "first", arguments=arguments), plugins=["my_nets"])
+    unchanged = slim_model(loaded, torch.rand(2, 3))
+    kill(loaded[0], [0])
+    twice = slim_model(loaded, torch.rand(2, 3))
+    assert (unchanged.widths["layers"], twice.model[0].out_features) == ({}, 5)
+    for number, saved in enumerate((unchanged, twice, twice.model)):
+        folder = tritprune.save(saved, tmp_path / str(number), arguments=arguments)
+        assert_same_state(tritprune.load(folder, plugins=["my_nets"]), getattr(saved, "model", saved))
+
+
 def test_what_the_manifest_names_is_not_imported(mine, tmp_path, monkeypatch):
     folder = tritprune.save(mine, tmp_path / "net", arguments={"width": 8})
     edit_manifest(folder, builder={"kind": "class", "class": "evil.Net"})

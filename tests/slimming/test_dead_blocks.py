@@ -180,6 +180,81 @@ def test_an_attention_that_does_more_keeps_a_head(returns, reason):
     assert said(result)["attention", "heads"] == f"all heads are dead; one stays: {reason}"
 
 
+def test_an_attention_that_adds_what_is_zero_in_the_example_keeps_a_head():
+    model = Attention(lambda made, x: made + x)
+    with torch.no_grad():
+        model.value.weight.zero_()
+    assert [cut.after for cut in slim_model(nn.Sequential(model), torch.zeros(2, 5, 8)).cuts] == [1]
+
+
+def test_the_hooks_of_a_removed_attention_stay():
+    model, seen = Block(Attention()).eval(), []
+    model.attention.register_forward_hook(lambda module, arguments, made: seen.append(made.shape))
+    with torch.no_grad():
+        model.attention.value.weight.zero_()
+    slim = slim_model(model, torch.randn(2, 5, 8)).model
+    seen.clear()
+    slim(torch.randn(3, 4, 8))
+    assert isinstance(slim.attention, RemovedAttention)
+    assert seen == [(3, 4, 8)]
+
+
+class OfMemory(Attention):
+    """Its queries come second."""
+
+    def forward(self, memory, x):
+        q, k, v = (
+            linear(y).unflatten(-1, (-1, 4)).transpose(1, 2)
+            for linear, y in ((self.query, x), (self.key, memory), (self.value, memory))
+        )
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Reading(nn.Module):
+    """Reads a memory, which may be longer."""
+
+    def __init__(self, attention, read):
+        super().__init__()
+        self.attention, self.read = attention, read
+
+    def forward(self, x, memory):
+        return self.read(self.attention, x, memory)
+
+
+@pytest.mark.parametrize(
+    ("make", "read", "after"),
+    [
+        (OfMemory, lambda attention, x, memory: attention(memory, x), 1),
+        (nn.MultiheadAttention, lambda attention, x, memory: attention(key=memory, value=memory, query=x)[0], 1),
+        (nn.MultiheadAttention, lambda attention, x, memory: attention(x, memory, memory)[0], 0),
+    ],
+)
+def test_what_is_left_of_an_attention_makes_a_token_for_each_query(make, read, after):
+    model = Reading(OfMemory() if make is OfMemory else make(8, 2, batch_first=True), read).eval()
+    with torch.no_grad():
+        next(linear for name, linear in model.named_modules() if "out" in name).weight.zero_()
+    result = slim_model(model, (torch.randn(2, 5, 8), torch.randn(2, 5, 8)))
+    assert [cut.after for cut in result.cuts] == [after]
+    x, memory = torch.randn(2, 3, 8), torch.randn(2, 6, 8)
+    torch.testing.assert_close(result.model(x, memory), model(x, memory))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("dead", [0, 1])
+def test_an_encoder_takes_its_fast_path_around_a_removed_attention(dead):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    with torch.no_grad():
+        model.layers[dead].self_attn.out_proj.weight.zero_()
+    x, padding = torch.randn(2, 5, 8), torch.arange(5).expand(2, 5) > torch.tensor([[4], [2]])
+    slim = slim_model(model, (x,)).model
+    assert isinstance(slim.layers[dead].self_attn, RemovedAttention)
+    expected = model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(slim(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+    with torch.no_grad():
+        torch.testing.assert_close(slim(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+
+
 def test_an_attention_that_takes_a_cache_keeps_a_head():
     class Caching(Attention):
         def forward(self, x, layer_past=None):

@@ -195,6 +195,7 @@ def test_a_weight_that_runs_twice_is_cut_where_both_runs_agree():
         (lambda m, x: m.down(torch.relu(h := m.up(x))) / h.size(-1), "without them the model's outputs differ by"),
         (lambda m, x: m.down(torch.relu(m.up(x))) + m.up.weight.sum(), "they feed sum up, which needs all of them"),
         (lambda m, x: m.down(torch.softmax(m.up(x), dim=-1)), "they feed softmax, which needs all of them"),
+        (lambda m, x: m.down(torch.roll(m.up(x), 1)), "they feed roll, which needs all of them"),
         (lambda m, x: m.down(torch.cumsum(m.up(x), dim=-1)), "they feed cumsum, which needs all of them"),
         (lambda m, x: m.down(torch.fft.fft(m.up(x)).real), "they feed fft_fft, which needs all of them"),
         (lambda m, x: m.down(m.up(x) + torch.arange(8.0)), "add combines them with"),

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tritprune.errors import ConfigError, RunFolderError
-from tritprune.export.builders import builder_of, check_builder, own_class
+from tritprune.export.builders import build_bare, builder_of, check_builder, own_class
 from tritprune.export.config_fields import built
 from tritprune.export.even_widths import even_widths
 from tritprune.export.library_config import describe
@@ -108,8 +108,9 @@ def save(
     """Save a model, or the result of slimming one, so that :func:`tritprune.load` builds it again anywhere.
 
     Args:
-        model: a model as its class makes it, or what :func:`tritprune.slim_model` returned. Of transformers, also a
-            slim model itself, or one that was slimmed more than once: its widths are held against those of its class.
+        model: a model as its class makes it, a slim model, or what :func:`tritprune.slim_model` returned; also one that
+            was slimmed more than once: its widths are held against those that its class makes. Where a class of your
+            own cannot be called with ``arguments`` here, only what the last slimming changed is known.
         folder: made if it is missing; replaced if it holds a saved model.
         arguments: what the model's class was called with, for a class of your own.
         uniform: pad a transformers model's layers to the same widths, so that ``from_pretrained`` loads it, too.
@@ -136,7 +137,29 @@ def save(
                 f"the model has a module {error} that {type(bare).__name__} does not make, so it could not be built "
                 "again; save it without what was added"
             ) from error
+    else:
+        widths = _with_earlier(widths, builder, bare)
     return save_model(bare, folder, builder=builder, widths=widths)
+
+
+def _with_earlier(widths: Mapping[str, Any] | None, builder: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``widths``, and what earlier slimming changed: all that differs from what the class makes."""
+    made: dict[str, Any] = dict(widths or {})
+    try:
+        with torch.device("meta"):
+            found = changed_widths(build_bare(builder, dict, None), model)
+    except Exception:  # code of the user's own, in which anything may happen; loading may build it in another way
+        return made
+    for part, modules in found.items():
+        own = dict(made.get(part, {}))
+        for name, changed in modules.items():
+            if part == "layers":
+                given = own.get(name, {"tensors": {}, "sizes": {}})
+                own[name] = {kind: {**given[kind], **changed[kind]} for kind in ("tensors", "sizes")}
+            else:
+                own[name] = {**own.get(name, {}), **changed}
+        made[part] = own
+    return made
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

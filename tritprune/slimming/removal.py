@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tritprune.slimming.attention import Attention
@@ -12,13 +13,14 @@ from tritprune.slimming.model_inputs import ModelInputs, evaluating
 from tritprune.slimming.nodes import Graph
 
 KEEPS_CACHE = "it keeps keys and values for the tokens to come"
+CALL_HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward", "_backward")) or "full_backward" in key]
 
 
 class RemovedAttention(nn.Module):
     """Stands where an attention was that had no living head: ``y = b`` for each token, b the output linear's bias.
 
     It takes what the attention took. In the place of attention weights and whatever else the attention returned behind
-    its result, it returns None.
+    its result, it returns None; ``output_attentions`` of transformers, which goes by classes, passes it over.
 
     Args:
         output: dotted name, within the attention, of its output linear, which reads nothing now; None where that linear
@@ -28,6 +30,9 @@ class RemovedAttention(nn.Module):
     """
 
     batch_first = False  # nn.TransformerEncoderLayer asks, before it would read the attention's weights by itself
+    in_proj_weight = in_proj_bias = torch.empty(
+        0
+    )  # nn.TransformerEncoder asks whether its first layer's have gradients
 
     def __init__(self, output: str | None, layer: nn.Module | None, returns: int) -> None:
         super().__init__()
@@ -42,18 +47,24 @@ class RemovedAttention(nn.Module):
 
     @classmethod
     def of(cls, module: nn.Module, output: str | None, returns: int) -> "RemovedAttention":
-        """The stand-in for ``module``, in the same mode."""
+        """The stand-in for ``module``, in the same mode and with the hooks that its calls have."""
         made = cls(output, None if output is None else module.get_submodule(output), returns)
+        vars(made).update({key: value for key, value in vars(module).items() if key in CALL_HOOKS})
         return made.train(module.training)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The bias of the output linear at every token of the first tensor, [..., tokens, width]."""
         read = first_tensor(*arguments, **named)
         assert read is not None
-        made = read.new_empty((*read.shape[:-1], 0))
-        if self._output is not None:
-            made = self.get_submodule(self._output)(made)
+        if read.is_nested:  # as nn.TransformerEncoder makes of padding
+            made = torch.nested.as_nested_tensor([self._at_each_token(one) for one in read.unbind()])
+        else:
+            made = self._at_each_token(read)
         return (made, *[None] * (self._returns - 1)) if self._returns else made
+
+    def _at_each_token(self, read: Tensor) -> Tensor:
+        made = read.new_empty((*read.shape[:-1], 0))
+        return made if self._output is None else self.get_submodule(self._output)(made)
 
     def extra_repr(self) -> str:
         """What it is, where a model is printed."""
@@ -67,8 +78,11 @@ def arguments_of(removed: RemovedAttention) -> dict[str, Any]:
 
 def first_tensor(*arguments: Any, **named: Any) -> Tensor | None:
     """The first tensor of real numbers among the arguments of a call."""
-    given = (*arguments, *named.values())
-    return next((value for value in given if isinstance(value, Tensor) and value.is_floating_point()), None)
+    return next((value for value in (*arguments, *named.values()) if _is_real(value)), None)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -99,8 +113,9 @@ def remove(model: nn.Module, removal: Removal) -> None:
 def removal_of(model: nn.Module, inputs: ModelInputs, graph: Graph, attention: Attention) -> Removal | str:
     """How an attention can go as a whole, or why it cannot.
 
-    It can where its own parameters reach nothing but its output linear, it keeps nothing for the next token, and its
-    module returns its result: alone, or in front of other things in a tuple; and nothing added to it.
+    It can where its own parameters reach nothing but its output linear, it keeps nothing for the next token, its module
+    returns its result (alone, or in front of other things in a tuple; and nothing added to it, whatever the module is
+    given), and the first tensor that the module is given is the one with the queries.
 
     Args:
         model: the model as it was traced.
@@ -118,6 +133,10 @@ def removal_of(model: nn.Module, inputs: ModelInputs, graph: Graph, attention: A
     weight: Tensor = modules[output].weight  # type: ignore[assignment]
     made, read = weight.shape[::-1] if type(modules[output]).__name__ == "Conv1D" else weight.shape
     said: list[int | str] = []
+    asked: list[Tensor] = []  # what the query linears read
+
+    def listen(_: nn.Module, arguments: Any) -> None:
+        asked.extend(arguments[:1])
 
     def watch(module: nn.Module, arguments: Any, named: dict[str, Any], result: Any) -> None:
         if any(hasattr(value, "get_seq_length") for value in (*arguments, *named.values())):
@@ -128,12 +147,15 @@ def removal_of(model: nn.Module, inputs: ModelInputs, graph: Graph, attention: A
         shape = None if source is None else (*source.shape[:-1], read if within is None else made)
         if not isinstance(first, Tensor) or first.shape != shape:
             said.append(f"what {type(module).__name__} returns is not its result at every token")
-        elif within is not None and not _is_constant(first):
+        elif within is not None and not _is_constant(module, arguments, named, first):
             said.append(f"{type(module).__name__} returns more than what its heads make")
+        elif not _has_queries(module, source, arguments, named, asked):
+            said.append(f"the first tensor that {type(module).__name__} is given may not be the one with the queries")
         else:
             said.append(len(result) if isinstance(result, tuple) else 0)
 
-    handle = modules[where].register_forward_hook(watch, with_kwargs=True)
+    handles = [modules[name].register_forward_pre_hook(listen) for name in attention.query if name in modules]
+    handles.append(modules[where].register_forward_hook(watch, with_kwargs=True))
     plain = ModelInputs(inputs.form, {name: value for name, value in inputs.values.items() if name != "use_cache"})
     try:
         with evaluating(model, caches=True):
@@ -141,7 +163,8 @@ def removal_of(model: nn.Module, inputs: ModelInputs, graph: Graph, attention: A
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
         return f"{type(model).__name__} does not run with its caches: {type(error).__name__}"
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     forms = list(dict.fromkeys(said))
     if len(forms) != 1:
         return f"{type(modules[where]).__name__} returns different things each time it is called"
@@ -159,9 +182,30 @@ def _may_cache(module: nn.Module) -> bool:
     )
 
 
-def _is_constant(result: Tensor) -> bool:
-    """Whether a tensor [..., width] is the same at every token, but for rounding."""
-    return difference(result, result.reshape(-1, result.shape[-1])[:1].expand_as(result)).within
+def _is_constant(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], result: Tensor) -> bool:
+    """Whether a result [..., width] is the same at every token, and for other numbers given; but for rounding."""
+    other = module.forward(*map(_other, arguments), **{name: _other(value) for name, value in named.items()})
+    first = other[0] if isinstance(other, tuple) else other
+    token = result.reshape(-1, result.shape[-1])[:1].expand_as(result)
+    return difference(result, token).within and difference(result, first).within
+
+
+def _other(value: Any) -> Any:
+    """Numbers in [-1, 1], no two tokens alike, in the place of a tensor of real numbers."""
+    if not _is_real(value):
+        return value
+    return torch.arange(value.numel(), device=value.device).sin().to(value.dtype).view(value.shape)
+
+
+def _has_queries(
+    module: nn.Module, source: Tensor | None, arguments: tuple[Any, ...], named: dict[str, Any], asked: list[Tensor]
+) -> bool:
+    """Whether the result has a token for each token of ``source``, and not of another tensor that is as long here."""
+    if isinstance(module, nn.MultiheadAttention):
+        return source is (arguments[0] if arguments else named.get("query"))
+    others = [value for value in (*arguments, *named.values()) if _is_real(value) and value is not source]
+    alike = source is not None and any(value.shape[:-1] == source.shape[:-1] for value in others)
+    return not alike or any(source is read for read in asked)
 
 
 def _feeds_only(graph: Graph, where: str, output: str) -> bool:

@@ -156,7 +156,8 @@ def rolled(walk: Walk, node: Node) -> Form | None:
     """Entries in another order along some dimensions."""
     form = walk.form(node.inputs[0])
     dims = node.argument(2 if node.kind == "roll" else 1)
-    if dims is None or any(form.group(dim % form.rank) for dim in dims):
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims or any(form.group(dim % form.rank) for dim in dims):  # without dimensions all elements are rolled
         return None
     return replace(form, weight=None, sums_to_one=False)
 
