@@ -73,7 +73,8 @@ class Steps:
             exclude=("classifier",),
             regrow=True,
         )
-        return model, pruner, torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        return model, pruner.attach(optimizer), optimizer
 
     def _plain(self, name: str) -> Problem:
         model, pruner, optimizer = self._ours(frequency=10**9)
