@@ -3,7 +3,7 @@
 # two idle cores, BERT-base and MiniLM together; a bar shows the time that is left.
 #   THREADS=2 CORES=0,1 experiments/2026-11_kernels/run.sh   # default: one thread, on core 0
 #   SET=minilm experiments/2026-11_kernels/run.sh            # one set of layers alone: minilm, bert, small
-#   SECONDS_EACH=1 RESULTS=/tmp/try experiments/2026-11_kernels/run.sh    # a try: nothing here is touched
+#   SECONDS_EACH=1 RESULTS=outputs/try experiments/2026-11_kernels/run.sh    # a try: nothing here is touched
 # Neural Compressor 2.6 itself runs beside ours, in an environment of its own over .venv (.venv/rivals, made here once).
 # What a set has measured replaces its results when the set is complete, and not before.
 set -euo pipefail

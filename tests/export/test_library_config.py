@@ -292,5 +292,6 @@ def test_the_sentence_says_no_and_why(tmp_path):
     folder = save_model(copy.deepcopy(model), tmp_path / "slim", builder=builder, widths=widths)
     sentence = loads_with(folder)
     assert sentence.startswith("from_pretrained: no, because its layers have 2 different values of intermediate_size")
-    remedy = "uniform=true would pad its layers to widths that it can say; tritprune.load loads it"
+    said = "slimmer.uniform=true (tritprune.save(..., uniform=True)) would pad its layers to widths that it can say"
+    remedy = f"{said}; tritprune.load loads it"
     assert sentence.endswith(f"BertConfig has one for all; {remedy}")

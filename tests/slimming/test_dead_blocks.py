@@ -52,7 +52,7 @@ def test_it_loads_again_and_is_slimmed_again(dead_bert, tokens, tmp_path):
     loaded = load_model(folder)
     assert check_saved(loaded, tmp_path)
     assert torch.equal(loaded(**tokens).logits, result.model(**tokens).logits)
-    assert "was removed, and no value of BertConfig says so; uniform=true would pad" in loads_with(folder)
+    assert "was removed, and no value of BertConfig says so; slimmer.uniform=true (tritprune.save" in loads_with(folder)
     again = slim_model(loaded, tokens)
     assert (again.cuts, again.refused, again.parameters_after) == ([], [], result.parameters_after)
     with torch.no_grad():

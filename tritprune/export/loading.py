@@ -65,7 +65,11 @@ def loads_with(folder: str | os.PathLike[str]) -> str:
     if manifest.get("from_pretrained"):
         return f"from_pretrained: yes, {because}"
     evens_out = manifest.get("evens_out", because.startswith("its layers have"))
-    remedy = "; uniform=true would pad its layers to widths that it can say" if evens_out else ""
+    remedy = (
+        "; slimmer.uniform=true (tritprune.save(..., uniform=True)) would pad its layers to widths that it can say"
+        if evens_out
+        else ""
+    )
     return f"from_pretrained: no, because {because}{remedy}; tritprune.load loads it"
 
 
